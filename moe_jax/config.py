@@ -11,6 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3")
+_DEFAULTS: dict[str, dict[str, Any]] = {  # what `transformers` takes where a config.json says nothing
+    "qwen3_moe": {"num_key_value_heads": 4},
+    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    "olmoe": {"rms_norm_eps": 1e-5},
+    "deepseek_v2": {"n_shared_experts": 2, "q_lora_rank": 1536},
+    "deepseek_v3": {
+        "n_shared_experts": 1,
+        "q_lora_rank": 1536,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "first_k_dense_replace": 3,
+    },
+}
 
 
 class ConfigError(ValueError):
@@ -167,10 +182,11 @@ class _Fields:
 
 def parse_hugging_face(raw: dict[str, Any]) -> ModelConfig:
     """The fields of a Hugging Face config, old and new spellings, as a ModelConfig. Raises ConfigError."""
-    f = _Fields(raw)
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ConfigError(f"model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}")
+    raw = {**_DEFAULTS[family], **raw}
+    f = _Fields(raw)
     if f.get("hidden_act", default="silu") != "silu":
         raise ConfigError(f"hidden_act {raw['hidden_act']!r} is not supported; expected 'silu'")
     hidden, layers, heads = f.int("hidden_size"), f.int("num_hidden_layers"), f.int("num_attention_heads")
@@ -183,7 +199,7 @@ def parse_hugging_face(raw: dict[str, Any]) -> ModelConfig:
     latent = None
     if deepseek:
         latent = Latent(
-            q_rank=f.get("q_lora_rank"),
+            q_rank=None if raw["q_lora_rank"] is None else f.int("q_lora_rank"),
             kv_rank=f.int("kv_lora_rank"),
             nope_dim=f.int("qk_nope_head_dim"),
             rope_dim=f.int("qk_rope_head_dim"),
@@ -202,6 +218,8 @@ def parse_hugging_face(raw: dict[str, Any]) -> ModelConfig:
     if family == "deepseek_v2" and raw.get("topk_method", "greedy") == "greedy":
         groups = 1
     top_groups = f.int("topk_group", default=1) if groups > 1 else 1
+    if family == "deepseek_v3" and experts // groups < 2:
+        raise ConfigError(f"n_group {groups}: expected at least 2 of the {experts} experts in a group")
     if experts % groups or top_groups > groups or top_k > experts // groups * top_groups:
         raise ConfigError(f"n_group {groups}, topk_group {top_groups} do not fit {experts} experts, top {top_k}")
     return ModelConfig(
@@ -224,13 +242,13 @@ def parse_hugging_face(raw: dict[str, Any]) -> ModelConfig:
         top_k=top_k,
         shared_intermediate_size=moe_intermediate * f.int("n_shared_experts", default=0, least=0) if deepseek else 0,
         qk_norm={"qwen3_moe": "head", "olmoe": "full"}.get(family, "none"),  # type: ignore[arg-type]
-        clip_qkv=f.get("clip_qkv"),
+        clip_qkv=None if raw.get("clip_qkv") is None else f.float("clip_qkv"),
         attention_bias=bool(raw.get("attention_bias", False)),
         latent=latent,
         scoring="sigmoid" if family == "deepseek_v3" else "softmax",
         routing_bias=family == "deepseek_v3",
         # Mixtral always normalises, DeepSeek-V2 never does; the others say so.
-        normalize_weights={"mixtral": True, "deepseek_v2": False}.get(family, bool(raw.get("norm_topk_prob", family == "deepseek_v3"))),
+        normalize_weights={"mixtral": True, "deepseek_v2": False}.get(family, bool(raw.get("norm_topk_prob"))),
         routed_scale=f.float("routed_scaling_factor", default=1.0) if deepseek else 1.0,
         num_groups=groups,
         top_groups=top_groups,
@@ -240,7 +258,10 @@ def parse_hugging_face(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _ids(value: Any) -> tuple[int, ...]:
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(i, int) for i in ids):
+        raise ConfigError(f"eos_token_id: expected an integer or a list of integers, found {value!r}")
+    return ids
 
 
 def _parse_moe_layers(f: _Fields, family: str, layers: int) -> tuple[bool, ...]:
@@ -248,7 +269,9 @@ def _parse_moe_layers(f: _Fields, family: str, layers: int) -> tuple[bool, ...]:
         first = f.int("first_k_dense_replace", default=0, least=0)
         every = f.int("moe_layer_freq", default=1)
         return tuple(i >= first and i % every == 0 for i in range(layers))
-    dense = set(f.get("mlp_only_layers", default=()))
+    dense = f.get("mlp_only_layers", default=[])
+    if not isinstance(dense, list):
+        raise ConfigError(f"mlp_only_layers: expected a list of layers, found {dense!r}")
     step = f.int("decoder_sparse_step", default=1)
     return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
 
@@ -259,36 +282,40 @@ def _mscale(factor: float, mscale: float = 1.0) -> float:
 
 def _parse_rope(f: _Fields, dim: int, family: str) -> tuple[Rope, float]:
     """The rotary embedding, and what DeepSeek multiplies the softmax scale by."""
-    p = {**(f.get("rope_scaling") or {}), **(f.get("rope_parameters") or {})}
-    theta = p.get("rope_theta") or f.get("rope_theta", default=10000.0)
-    kind = p.get("rope_type") or p.get("type") or "default"
+    given = [f.get(name, default={}) for name in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(g, dict) for g in given):
+        raise ConfigError(f"rope_scaling or rope_parameters: expected an object, found {given}")
+    p = _Fields({"rope_theta": f.float("rope_theta", default=10000.0), **given[0], **given[1]})
+    kind = p.get("rope_type", "type", default="default")
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise ConfigError(f"rope_type {kind!r} is not supported; expected default, linear, llama3 or yarn")
-    if kind != "default" and "factor" not in p:
-        raise ConfigError(f"rope_type {kind!r} needs a factor; found only {sorted(p)}")
-    original = p.get("original_max_position_embeddings") or f.get("max_position_embeddings", default=4096)
-    factor = float(p.get("factor") or 1.0)
+    if dim % 2 or p.float("partial_rotary_factor", default=1.0) != 1:
+        raise ConfigError(f"rotary embedding of a part of a head is not supported; found dimension {dim} and {p.raw}")
+    positions = f.int("max_position_embeddings", default=4096)
+    original = p.int("original_max_position_embeddings", default=positions)
+    ratio = positions / original if kind == "yarn" and original < positions else None
+    factor = 1.0 if kind == "default" else p.float("factor", default=ratio)
     attention_factor, gain = 1.0, 1.0
     if kind == "yarn":
-        all_dim = p.get("mscale_all_dim") or 0
-        attention_factor = p.get("attention_factor")
-        if attention_factor is None:
-            both = p.get("mscale") and all_dim
-            attention_factor = _mscale(factor, p["mscale"]) / _mscale(factor, all_dim) if both else _mscale(factor)
+        mscale, all_dim = p.float("mscale", default=0.0), p.float("mscale_all_dim", default=0.0)
+        both = mscale and all_dim
+        implied = _mscale(factor, mscale) / _mscale(factor, all_dim) if both else _mscale(factor)
+        attention_factor = p.float("attention_factor", default=implied)
         gain = _mscale(factor, all_dim) ** 2 if family.startswith("deepseek") and all_dim else 1.0
+    interleaved = family == "deepseek_v2" or (family == "deepseek_v3" and bool(f.get("rope_interleave", default=True)))
     rope = Rope(
         dim=dim,
-        theta=float(theta),
+        theta=p.float("rope_theta", default=10000.0),
         kind=kind,
         factor=factor,
-        original_max_position=int(original),
-        interleaved=family == "deepseek_v2" or (family == "deepseek_v3" and f.get("rope_interleave", default=True)),
-        attention_factor=float(attention_factor),
-        beta_fast=float(p.get("beta_fast") or 32),
-        beta_slow=float(p.get("beta_slow") or 1),
-        truncate=bool(p.get("truncate", True)),
-        low_freq_factor=float(p.get("low_freq_factor") or 1),
-        high_freq_factor=float(p.get("high_freq_factor") or 4),
+        original_max_position=original,
+        interleaved=interleaved,
+        attention_factor=attention_factor,
+        beta_fast=p.float("beta_fast", default=32.0),
+        beta_slow=p.float("beta_slow", default=1.0),
+        truncate=bool(p.get("truncate", default=True)),
+        low_freq_factor=p.float("low_freq_factor", default=1.0),
+        high_freq_factor=p.float("high_freq_factor", default=4.0),
     )
     return rope, gain
 
@@ -314,7 +341,8 @@ class EngineConfig:
     expert_tile: int = field(default=8, repr=False)  # every expert's product has this many rows
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "page_size", "num_pages", "max_batch", "max_prefill_rows", "max_model_len", "replication"):
+        positive = ("ranks", "page_size", "num_pages", "max_batch", "max_prefill_rows", "max_model_len", "replication")
+        for name in positive:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}: expected a positive integer, found {value!r}")
@@ -346,7 +374,13 @@ class EngineConfig:
         while decode[-1] < self.max_batch:
             decode.append(min(2 * decode[-1], self.max_batch))
         prefill = {self.max_batch + min(self.max_prefill_rows, 2 * self.row_tile), self.max_batch + self.max_prefill_rows}
-        return tuple(Bucket(r, False) for r in decode) + tuple(Bucket(r, True) for r in sorted(prefill))
+        score = Bucket(max(prefill), True, score=True)
+        return (*(Bucket(r, False) for r in decode), *(Bucket(r, True) for r in sorted(prefill)), score)
+
+    def bucket_for(self, rows: int, prefill: bool) -> "Bucket":
+        """The first that holds so many rows, or the largest of its kind."""
+        kind = [b for b in self.buckets if b.prefill == prefill and not b.score]
+        return next((b for b in kind if b.rows >= rows), kind[-1])
 
 
 @dataclass(frozen=True)
@@ -355,3 +389,4 @@ class Bucket:
 
     rows: int
     prefill: bool
+    score: bool = False  # returns the log-probabilities of every row and samples nothing

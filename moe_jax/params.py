@@ -1,10 +1,10 @@
-"""The parameters of a model, each described once: shape, place in the pytree, names on disk, and how disk becomes shape.
+"""The parameters of a model, each described once: shape, place in the pytree, names on disk, and how to build it.
 
-Everything that handles parameters (loading, dummy weights, sharding, converting, counting bytes) walks this description.
+Everything that handles parameters (loading, dummy weights, sharding, converting, counting bytes) walks it.
 It knows neither files nor JAX.
 
 A model is {"embed", "final_norm", "lm_head", "segments": [layer dict, ...]}. Layers of a segment (a run of like layers,
-`ModelConfig.segments`) are stacked along a leading axis, so that the model can scan them. Matrices are stored [in, out].
+`ModelConfig.segments`) are stacked along a leading axis, so that the model can scan them. Matrices are [in, out].
 Expert matrices have one more axis, [layers, slots, in, out], and `slots` is the sharded one.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import ModelConfig
+from moe_jax.scratch import scratch
 
 Shape = tuple[int, ...]
 
@@ -43,7 +44,10 @@ LayerParams = dict[str, Param]
 
 
 def _transpose(*arrays: np.ndarray) -> np.ndarray:
-    return np.concatenate(arrays, axis=0).T
+    if len(arrays) == 1:
+        return arrays[0].T
+    rows = sum(len(a) for a in arrays)
+    return np.concatenate(arrays, out=scratch((rows, *arrays[0].shape[1:]), np.result_type(*arrays))).T
 
 
 def _whole(array: np.ndarray) -> np.ndarray:
@@ -96,7 +100,7 @@ def _latent_attention(c: ModelConfig) -> LayerParams:
         "attn_norm": _vector("model.layers.{layer}.input_layernorm.weight", c.hidden_size),
         "kv_a": _linear(f"{at}kv_a_proj_with_mqa.weight", c.hidden_size, m.kv_rank + m.rope_dim),
         "kv_a_norm": _vector(f"{at}kv_a_layernorm.weight", m.kv_rank),
-        # The up-projections of keys and values, absorbed into queries and outputs: [heads, nope, rank], [heads, rank, v].
+        # The up-projections of keys and values are absorbed into queries and outputs.
         "k_up": Param((heads, m.nope_dim, m.kv_rank), (Source(*kv_b, lambda w: split_kv_b(w)[:, : m.nope_dim]),)),
         "v_up": Param(
             (heads, m.kv_rank, m.v_dim), (Source(*kv_b, lambda w: split_kv_b(w)[:, m.nope_dim :].swapaxes(1, 2)),)
@@ -131,7 +135,8 @@ def _moe(c: ModelConfig) -> LayerParams:
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     one = at + "experts.{expert}."
     fused = "model.layers.{layer}.mlp.experts."  # how new versions of transformers may write them, for every family
-    router = tuple(Source((f"{a}gate.weight",), ((n, hidden),), _transpose) for a in dict.fromkeys((at, "model.layers.{layer}.mlp.")))
+    gates = dict.fromkeys((f"{at}gate.weight", "model.layers.{layer}.mlp.gate.weight"))
+    router = tuple(Source((gate,), ((n, hidden),), _transpose) for gate in gates)
     p = {
         "router": Param((hidden, n), router, float32=True),
         "experts_gate_up": Param(

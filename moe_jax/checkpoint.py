@@ -1,0 +1,206 @@
+"""From a checkpoint on disk to a rank's parameters, whatever form the checkpoint has.
+
+    checkpoint = open_checkpoint(path)
+    params = load_params(checkpoint, slot_experts, device, "float32", keep_expert_dtype=True)
+
+A rank reads the experts in its slots and no others. On the way to the device it holds one layer of one parameter.
+Which experts those are is the placement's business, and what a parameter is, `moe_jax.params`'.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from moe_jax.config import ConfigError, ModelConfig
+from moe_jax.dummy_checkpoint import DummyCheckpoint
+from moe_jax.hugging_face import HuggingFaceCheckpoint
+from moe_jax.params import Param, iterate
+from moe_jax.scratch import scratch
+from moe_jax.tensor_file import CheckpointError
+
+__all__ = ["Checkpoint", "CheckpointError", "convert", "load_params", "load_slots", "open_checkpoint"]
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_READERS = 4  # threads; each holds an expert
+
+
+class Checkpoint(Protocol):
+    """Where parameters come from. `path` and `param` are as in `moe_jax.params.iterate`; `layer` counts all layers."""
+
+    config: ModelConfig
+
+    def read(self, path: tuple[Any, ...], param: Param, layer: int, expert: int | None) -> np.ndarray:
+        """`param.shape`, in the checkpoint's dtype. `expert` is given exactly for expert parameters."""
+        ...
+
+    def dtype(self, path: tuple[Any, ...], param: Param, layer: int) -> np.dtype:
+        """What `read` will return, without reading it."""
+        ...
+
+
+def open_checkpoint(path: str | Path, load_format: Literal["auto", "dummy"] = "auto") -> Checkpoint:
+    """A Hugging Face directory, a serving checkpoint (`convert`), or with "dummy" random weights for a config.json.
+
+    Raises CheckpointError, one line that names the file, for whatever keeps it from being loaded.
+    """
+    path = Path(path)
+    if not path.is_dir() and not (load_format == "dummy" and path.is_file()):
+        found = "a file" if path.exists() else "nothing"
+        raise CheckpointError(f"{path}: expected a directory with a config.json, found {found}")
+    try:
+        config = ModelConfig.from_json(path)
+    except ConfigError as e:
+        raise CheckpointError(str(e)) from None
+    if load_format == "dummy":
+        return DummyCheckpoint(config, _declared_dtype(path))
+    if (path / "serving.json").exists():
+        from moe_jax.orbax_checkpoint import OrbaxCheckpoint
+
+        return OrbaxCheckpoint(path, config)
+    return HuggingFaceCheckpoint(path, config)
+
+
+def _declared_dtype(path: Path) -> np.dtype:
+    raw = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    return _BFLOAT16 if "bfloat16" in (raw.get("dtype"), raw.get("torch_dtype")) else np.dtype(np.float32)
+
+
+def convert(source: str | Path, target: str | Path) -> None:
+    """Write any checkpoint as a serving checkpoint, slot-addressable (see `moe_jax.orbax_checkpoint`).
+
+    Raises CheckpointError when `source` is malformed or `target` exists.
+    """
+    from moe_jax.orbax_checkpoint import write
+
+    write(open_checkpoint(source), Path(source), Path(target))
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    slot_experts: np.ndarray,
+    device: jax.Device,
+    dtype: Literal["float32", "bfloat16"],
+    keep_expert_dtype: bool = True,
+) -> dict[str, Any]:
+    """A rank's parameters, shaped as `moe_jax.params.stacked_shapes` says, committed to `device`.
+
+    slot_experts: int [MoE layers, slots], the expert in each slot of this rank; -1 leaves a slot empty, all zeros.
+    dtype: of all but routers, which are float32, and, with `keep_expert_dtype`, experts that are bfloat16 on disk.
+    """
+    if slot_experts.ndim != 2 or len(slot_experts) != checkpoint.config.num_moe_layers:
+        expected = f"[{checkpoint.config.num_moe_layers}, slots]"
+        raise ValueError(f"slot_experts: expected {expected}, found {list(slot_experts.shape)}")
+    params: dict[str, Any] = {"segments": [{} for _ in checkpoint.config.segments]}
+    first_moe = _first_moe_layers(checkpoint.config)
+    for path, param, first, layers in iterate(checkpoint.config):
+        target = _target_dtype(checkpoint, path, param, dtype, keep_expert_dtype)
+        experts = None
+        if param.expert:
+            experts = slot_experts[first_moe[path[1]] : first_moe[path[1]] + layers]
+        *segment, name = path
+        place = params["segments"][segment[1]] if segment else params
+        if isinstance(checkpoint, DummyCheckpoint):
+            array = checkpoint.draw(path, param, np.arange(first, first + max(layers, 1)), experts, target, device)
+            place[name] = array if layers else array[0]
+        elif layers:
+            rows = _layers(checkpoint, path, param, range(first, first + layers), experts, target)
+            shape = (layers, *(experts.shape[1:] if experts is not None else ()), *param.shape)
+            place[name] = _stack(rows, shape, target, device)
+        else:
+            array = checkpoint.read(path, param, 0, None)
+            place[name] = jax.device_put(array.astype(target, order="C", copy=False), device)
+    return params
+
+
+def load_slots(
+    checkpoint: Checkpoint,
+    wanted: Iterable[tuple[int, int]],
+    dtype: Literal["float32", "bfloat16"],
+    keep_expert_dtype: bool = True,
+) -> dict[str, np.ndarray]:
+    """Each expert parameter of the n wanted (MoE layer, expert), as [n, *shape], typed as `load_params` would."""
+    config, wanted = checkpoint.config, list(wanted)
+    moe_layers = [i for i, moe in enumerate(config.moe_layers) if moe]
+    params = {
+        (path[-1], layer): (path, param)
+        for path, param, first, layers in iterate(config)
+        if param.expert
+        for layer in range(first, first + layers)
+    }
+    arrays: dict[str, np.ndarray] = {}
+    for name in dict.fromkeys(name for name, _ in params):
+        path, param = params[name, moe_layers[0]]
+        target = _target_dtype(checkpoint, path, param, dtype, keep_expert_dtype)
+        arrays[name] = np.empty((len(wanted), *param.shape), target)
+        for i, (moe_layer, expert) in enumerate(wanted):
+            path, param = params[name, moe_layers[moe_layer]]
+            arrays[name][i] = checkpoint.read(path, param, moe_layers[moe_layer], expert)
+    return arrays
+
+
+def _first_moe_layers(config: ModelConfig) -> list[int]:
+    """The row of `slot_experts` at which each segment begins."""
+    starts = [0]
+    for moe, _, layers in config.segments:
+        starts.append(starts[-1] + (layers if moe else 0))
+    return starts
+
+
+def _target_dtype(
+    checkpoint: Checkpoint, path: tuple[Any, ...], param: Param, dtype: str, keep_expert_dtype: bool
+) -> np.dtype:
+    if param.float32:
+        return np.dtype(np.float32)
+    if param.expert and keep_expert_dtype:
+        same = [p for p in iterate(checkpoint.config) if p[0][-1] == path[-1]]  # in every segment
+        stored = {checkpoint.dtype(at, p, layer) for at, p, first, n in same for layer in range(first, first + n)}
+        if stored == {_BFLOAT16}:
+            return _BFLOAT16
+    return _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+
+
+def _layers(
+    checkpoint: Checkpoint,
+    path: tuple[Any, ...],
+    param: Param,
+    layers: range,
+    experts: np.ndarray | None,
+    dtype: np.dtype,
+) -> Iterator[np.ndarray]:
+    """One parameter layer by layer. A yielded array holds until the next one is asked for."""
+    if experts is None:
+        for layer in layers:
+            yield checkpoint.read(path, param, layer, None).astype(dtype, order="C", copy=False)
+        return
+    buffer = scratch((experts.shape[1], *param.shape), dtype)
+
+    def fill(layer: int, slot: int, expert: int) -> None:
+        buffer[slot] = checkpoint.read(path, param, layer, expert) if expert >= 0 else 0
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for layer, row in zip(layers, experts.tolist(), strict=True):
+            list(pool.map(partial(fill, layer), range(len(row)), row))
+            yield buffer
+
+
+def _stack(rows: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> jax.Array:
+    """Fill one device array row by row, in place, so that nothing bigger than a row is held besides."""
+    stack = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=SingleDeviceSharding(device))()
+    for i, row in enumerate(rows):
+        # Waiting lets `rows` write its next row where this one was, and keeps rows from piling up.
+        stack = _set_row(stack, jax.device_put(row, device), np.int32(i)).block_until_ready()
+    return stack
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_row(stack: jax.Array, row: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, row, i, 0)

@@ -1,0 +1,59 @@
+"""JAX across processes: the coordination service, its clients, and every private JAX name that this project uses.
+
+Private names and where they were seen: `jax._src.distributed.global_state` and `jax._src.lib._jax` (0.10.2, 0.11.2,
+0.12.0), `jax._src.xla_bridge.backends_are_initialized` (the same).
+"""
+
+import os
+from typing import Any
+
+import jax
+from jax._src import distributed, xla_bridge
+from jax._src.lib import _jax
+
+_CPU_FLAGS = "--xla_cpu_multi_thread_eigen=false"
+
+
+def set_cpu_devices(count: int) -> None:
+    """Before JAX is first used: `count` virtual devices if it runs on CPU, and products on one thread, so that their
+    summation order does not depend on the machine. Afterwards nothing can be changed, and nothing is done."""
+    if xla_bridge.backends_are_initialized():
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_multi_thread_eigen" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_CPU_FLAGS}".strip()
+    if count > 1:
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def start_service(address: str, num_nodes: int, heartbeat_s: int = 30) -> Any:
+    """The JAX coordination service, in this process, at "host:port", for `num_nodes` ranks. Keep the result.
+
+    The heartbeat timeout is long because detection is ours, and a short one aborts every worker when the service is
+    merely stopped.
+    """
+    return _jax.get_distributed_runtime_service(
+        address, num_nodes, heartbeat_timeout=heartbeat_s, shutdown_timeout=5, recoverable=True
+    )
+
+
+def connect(address: str, rank: int, num_nodes: int, init_timeout_s: int = 120, heartbeat_s: int = 30) -> Any:
+    """Join the service as `rank`, before this process's first use of JAX devices. Returns the client."""
+    if xla_bridge.backends_are_initialized():
+        raise RuntimeError("distributed.connect: JAX devices are in use already, expected to be called before")
+    set_cpu_devices(1)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_recoverability", True)
+    state = distributed.global_state
+    state.process_id, state.num_processes, state.coordinator_address = rank, num_nodes, address
+    state.client = _jax.get_distributed_runtime_client(
+        address, rank, init_timeout=init_timeout_s, use_compression=True, heartbeat_timeout=heartbeat_s,
+        shutdown_on_destruction=False,
+    )
+    state.client.connect()
+    return state.client
+
+
+def live_nodes(client: Any, ranks: list[int]) -> list[int]:
+    """A barrier among the live of `ranks`; it also tells XLA their incarnations. To be called at every epoch."""
+    return sorted(client.get_live_nodes(sorted(ranks)))

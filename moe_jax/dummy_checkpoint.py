@@ -1,0 +1,85 @@
+"""Random weights from a config alone, drawn on the device, for benchmarks (`--load-format dummy`).
+
+An expert's weights depend on the seed, its layer and its number only, not on the rank or slot that holds it.
+"""
+
+from typing import Any
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from moe_jax.config import ModelConfig
+from moe_jax.params import Param
+
+Spread = tuple[float, float]  # mean and standard deviation
+
+
+class DummyCheckpoint:
+    """See `moe_jax.checkpoint.Checkpoint`."""
+
+    def __init__(self, config: ModelConfig, dtype: np.dtype, seed: int = 0):
+        self.config = config
+        self._stored = dtype
+        self._seed = seed
+
+    def read(self, path: tuple[Any, ...], param: Param, layer: int, expert: int | None) -> np.ndarray:
+        experts = None if expert is None else np.full((1, 1), expert)
+        device = jax.local_devices()[0]
+        array = self.draw(path, param, np.array([layer]), experts, self.dtype(path, param, layer), device)
+        return np.asarray(array).reshape(param.shape)
+
+    def dtype(self, path: tuple[Any, ...], param: Param, layer: int) -> np.dtype:
+        return np.dtype(np.float32) if param.float32 else self._stored
+
+    def draw(
+        self,
+        path: tuple[Any, ...],
+        param: Param,
+        layers: np.ndarray,
+        experts: np.ndarray | None,
+        dtype: np.dtype,
+        device: jax.Device,
+    ) -> jax.Array:
+        """dtype [layers, *shape]; with `experts` (int [layers, slots], -1: empty) dtype [layers, slots, *shape]."""
+        slots = experts.shape[1] if experts is not None else 1
+        owners = np.zeros_like(layers) if experts is None else experts.ravel()
+        numbers = np.stack([np.repeat(layers, slots), owners], axis=1)
+        stored, leading = self.dtype(path, param, 0), layers.shape if experts is None else experts.shape
+
+        def draw(seed: jax.Array, numbers: jax.Array) -> jax.Array:
+            flat = _draw(seed, numbers, param.shape, _spread(path[-1], param), stored, dtype)
+            return flat.reshape(*leading, *param.shape)
+
+        seed = np.uint32(crc32(f"{self._seed} {path[-1]}".encode()))
+        return jax.jit(draw, out_shardings=SingleDeviceSharding(device))(seed, numbers.astype(np.int32))
+
+
+def _spread(name: str, param: Param) -> Spread:
+    """Norms are 1, biases 0, matrices 1 / sqrt(fan in): activations keep their size."""
+    if name.endswith("norm"):
+        return 1.0, 0.0
+    if len(param.shape) == 1:
+        return 0.0, 0.0
+    fan_in = param.shape[-1] if name == "k_up" else param.shape[-2]
+    return 0.0, 0.02 if name == "embed" else fan_in**-0.5
+
+
+def _draw(
+    seed: jax.Array, numbers: jax.Array, shape: tuple[int, ...], spread: Spread, stored: np.dtype, dtype: np.dtype
+) -> jax.Array:
+    """[n, *shape] for int [n, (layer, expert)]; one at a time, so that nothing bigger than one is held besides."""
+    mean, deviation = spread
+
+    def one(number: jax.Array) -> jax.Array:
+        if deviation == 0:
+            return jnp.full(shape, mean, dtype)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number[0]), jnp.maximum(number[1], 0))
+        # Uniform, from integers: one multiplication, which no fusion can round otherwise.
+        bits = jax.random.bits(key, shape, jnp.uint16).astype(jnp.int32) - 32768
+        values = bits.astype(jnp.float32) * np.float32(deviation * 3**0.5 / 32768)
+        return jnp.where(number[1] >= 0, values, 0).astype(stored).astype(dtype)
+
+    return jax.lax.map(one, numbers)

@@ -1,0 +1,74 @@
+"""The engine in this process: what `LLM` uses with one host."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.checkpoint import load_params, open_checkpoint
+from moe_jax.config import ConfigError
+from moe_jax.distributed import set_cpu_devices
+from moe_jax.engine import Engine
+from moe_jax.llm import engine_config
+from moe_jax.mesh import ExpertMesh, primary_slots
+from moe_jax.request import Request, TokenEvent
+
+
+class LocalBackend:
+    """All ranks in this process, one local device each."""
+
+    def __init__(self, path: Path, ranks: int, load_format: Any, options: dict[str, Any]) -> None:
+        checkpoint = open_checkpoint(path, load_format)
+        set_cpu_devices(ranks)
+        if len(jax.devices()) < ranks:
+            raise ConfigError(
+                f"ranks_per_host: found {ranks}, expected at most this process's {len(jax.devices())} devices "
+                "(on CPU more can be had only before JAX is first used)"
+            )
+        config = engine_config(checkpoint.config, ranks, jax.devices()[0].platform, **options)
+        mesh = ExpertMesh(tuple(jax.devices()[:ranks]))
+        slots = primary_slots(checkpoint.config.num_experts, ranks, config.slots_for(checkpoint.config.num_experts))
+        slot_experts = np.stack([slots] * checkpoint.config.num_moe_layers, axis=1)
+
+        def load(position: int, device: jax.Device) -> Any:
+            return load_params(checkpoint, slot_experts[position], device, config.dtype)
+
+        self.model, self.config = checkpoint.config, config
+        self.engine: Engine | None = Engine(self.model, config, mesh, slot_experts, load)
+        self.engine.warm_up()
+        self._rank_of: dict[str, int] = {}
+
+    @property
+    def _open(self) -> Engine:
+        if self.engine is None:
+            raise RuntimeError("this LLM is closed")
+        return self.engine
+
+    def submit(self, request: Request) -> None:
+        engine = self._open
+        loads = [rank.scheduler.stats() for rank in engine.ranks]
+        rank = min(range(len(loads)), key=lambda i: loads[i].running + loads[i].waiting)
+        engine.add(rank, request)
+
+    def cancel(self, request_id: str) -> None:
+        if self.engine is not None:
+            self.engine.cancel(request_id)
+
+    def poll(self, timeout: float | None) -> list[TokenEvent]:
+        """One step, if there is work; a step takes as long as it takes."""
+        engine = self._open
+        return engine.step() if engine.has_work else []
+
+    def score(self, token_ids: Sequence[int], chunk: int | None) -> np.ndarray:
+        engine = self._open
+        if engine.has_work:
+            raise RuntimeError("score: found requests being served, expected none; finish or cancel them first")
+        job = engine.add_score(0, list(token_ids), chunk)
+        while job.sequence.remaining:
+            engine.step()
+        return np.concatenate(job.rows)
+
+    def close(self) -> None:
+        self.engine = None

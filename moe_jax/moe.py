@@ -1,0 +1,111 @@
+"""The mixture-of-experts layer: router, dispatch over the mesh, experts, combine.
+
+Runs inside `shard_map`. `Dispatch` is the small interface behind which tokens reach the ranks that hold their experts;
+the one here all-gathers the tokens, lets every rank compute what its slots are for, and reduce-scatters the result.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax.config import ModelConfig
+from moe_jax.kernels.expert_ffn import expert_ffn
+
+AXIS = "expert"
+
+
+def route(c: ModelConfig, h: jax.Array, router: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The chosen experts of each row, best first, and their weights: int32 and float32, both [rows, top_k].
+
+    h [rows, H]; router [H, E] float32; bias [E]. Groups: DeepSeek-V2 section 2.2.1 and DeepSeek-V3 section 2.1.2.
+    """
+    logits = h.astype(jnp.float32) @ router
+    scores = jax.nn.sigmoid(logits) if c.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    choice = scores if bias is None else scores + bias
+    if c.num_groups > 1:
+        grouped = choice.reshape(-1, c.num_groups, c.num_experts // c.num_groups)
+        group = grouped.max(-1) if c.group_score == "max" else lax.top_k(grouped, 2)[0].sum(-1)
+        best = lax.top_k(group, c.top_groups)[1]
+        allowed = (best[..., None] == jnp.arange(c.num_groups)).any(-2)
+        choice = jnp.where(jnp.repeat(allowed, c.num_experts // c.num_groups, axis=-1), choice, -jnp.inf)
+    ids = lax.top_k(choice, c.top_k)[1]
+    weights = jnp.take_along_axis(scores, ids, axis=-1)
+    if c.normalize_weights:
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    return ids, weights * c.routed_scale
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """All-gather and reduce-scatter over the mesh axis. `ranks` is the size of the axis."""
+
+    ranks: int
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """[T, ...] of this rank -> [ranks * T, ...]."""
+        return lax.all_gather(x, AXIS, tiled=True) if self.ranks > 1 else x
+
+    def reduce(self, y: jax.Array) -> jax.Array:
+        """The sum over ranks of [ranks * T, ...], this rank's [T, ...]."""
+        return lax.psum_scatter(y, AXIS, tiled=True) if self.ranks > 1 else y
+
+
+def choose_slots(ids: jax.Array, table: jax.Array, spread: bool) -> jax.Array:
+    """Global slot of each choice, -1 where the row is padding (id -1).
+
+    ids [M, C]; table [E, R] int32: the live slots of each expert, primary first, -1 where there are fewer. Decode reads
+    each hit expert once, at its primary; with `spread`, which pays where arithmetic is the bound, rows take turns.
+    """
+    slots = table[jnp.maximum(ids, 0)]  # [M, C, R]
+    turn = 0
+    if spread and table.shape[1] > 1:
+        live = jnp.maximum((slots >= 0).sum(-1), 1)
+        turn = jnp.arange(ids.shape[0])[:, None] % live
+    slot = jnp.take_along_axis(slots, jnp.broadcast_to(turn, ids.shape)[..., None], axis=-1)[..., 0]
+    return jnp.where(ids < 0, -1, slot)
+
+
+def moe(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    layer: jax.Array,
+    table: jax.Array,
+    dispatch: Dispatch,
+    tile: int,
+    spread: bool,
+    deterministic: bool,
+) -> jax.Array:
+    """The weighted sum of each row's experts, [T, H].
+
+    x [T, H]; ids, weights [T, C], ids -1 for padding; gate_up [L, S, H, 2 I], down [L, S, I, H] of this rank's S
+    slots in all layers with experts, of which this is number `layer`; table [E, R] of global slots, mesh position * S + slot. Deterministic: each expert's output crosses the mesh on its own
+    (adding the other ranks' zeros is exact) and the C of them are summed in the router's order; otherwise they are
+    summed before, which moves C times less.
+    """
+    slots = gate_up.shape[1]
+    if x.dtype == jnp.float32:  # one collective instead of three; ids are exact in float32
+        packed = dispatch.gather(jnp.concatenate([x, weights, ids.astype(x.dtype)], axis=1))
+        everyone, all_weights, all_ids = jnp.split(packed, [x.shape[1], x.shape[1] + ids.shape[1]], axis=1)
+        all_ids = all_ids.astype(jnp.int32)
+    else:
+        everyone, all_weights, all_ids = (dispatch.gather(a) for a in (x, weights, ids))
+    first = (lax.axis_index(AXIS) if dispatch.ranks > 1 else 0) * slots
+    slot = choose_slots(all_ids, table, spread) - first
+    slot = jnp.where((slot >= 0) & (slot < slots), slot, -1)
+    y = expert_ffn(everyone, slot, gate_up, down, layer, tile)
+    if deterministic:
+        return weighted_sum(dispatch.reduce(y), weights)
+    return dispatch.reduce(weighted_sum(y, all_weights).astype(x.dtype))
+
+
+def weighted_sum(y: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sum over choices of weights[m, c] * y[m, c], first to last, [M, H]."""
+    out = y[:, 0] * weights[:, 0, None]
+    for c in range(1, weights.shape[1]):
+        out = out + y[:, c] * weights[:, c, None]
+    return out.astype(y.dtype)

@@ -1,0 +1,295 @@
+"""The command line `moe-jax`: one function a subcommand, listed in COMMANDS.
+
+It turns arguments into calls and errors into exit codes: 0 done, 1 failed, 2 bad input (one line on stderr, no
+traceback), 130 interrupted. It must not know how anything is done, and it imports the runtime, and so JAX, only
+inside the commands that need it, so that `--help` is immediate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_jax.batch import Counts
+
+LLMFactory = Callable[..., Any]  # called as LLM is; returns a context manager that gives an Engine (moe_jax.batch)
+
+
+class UsageError(Exception):
+    """What the user must change; becomes one line on stderr and exit code 2."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its options, and what it does with them. `run` returns the exit code."""
+
+    name: str
+    help: str
+    configure: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, LLMFactory], int]
+
+
+def main(argv: Sequence[str] | None = None, llm_factory: LLMFactory | None = None) -> int:
+    """Runs one command and returns its exit code. `llm_factory` stands in for `moe_jax.LLM`."""
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as leave:  # --help: 0, bad arguments: 2, both already said
+        return leave.code if isinstance(leave.code, int) else 2
+    command: Command = args.command
+    try:
+        return command.run(args, llm_factory or _llm)
+    except UsageError as error:
+        _say(command, str(error))
+        return 2
+    except KeyboardInterrupt:
+        _say(command, "interrupted")
+        return 130
+    except OSError as error:  # the disk is full, a file vanished
+        _say(command, str(error))
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-jax", description="Serve Mixture-of-Experts models with JAX, through the loss of hosts."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        sub = commands.add_parser(
+            command.name,
+            help=command.help,
+            description=command.help,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        command.configure(sub)
+        sub.set_defaults(command=command)
+    return parser
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, False, []) else action.help
+
+
+def _say(command: Command, message: str) -> None:
+    print(f"moe-jax {command.name}: {' '.join(message.split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _bad_input() -> Iterator[None]:
+    """Errors that name what the user gave: a missing model, a broken file, an impossible option."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _llm(**options: Any) -> Any:
+    from moe_jax import LLM
+
+    return LLM(**options)
+
+
+# -- generate -------------------------------------------------------------------------------------------------------
+
+_LLM_OPTIONS = (
+    *("dtype", "slots", "replication", "ranks_per_host", "load_format", "kernels"),
+    *("max_model_len", "max_batch", "page_size", "num_pages"),
+)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What LLM takes, for every command that loads a model. Options left out keep LLM's own defaults."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="demo", metavar="DIR", help="'demo' or a model directory")
+    group.add_argument("--hosts", type=_positive, default=1, metavar="N", help="hosts that share the experts")
+    rest = {"metavar": "N", "type": _positive, "default": argparse.SUPPRESS}
+    group.add_argument("--ranks-per-host", **rest, help="worker processes of one host")
+    group.add_argument("--slots", **rest, help="expert slots per layer and rank (default: fewest that replicate)")
+    group.add_argument("--replication", **rest, help="hosts that hold each expert")
+    group.add_argument("--max-model-len", **rest, help="longest prompt and output together, in tokens")
+    group.add_argument("--max-batch", **rest, help="requests decoded at once by a rank")
+    group.add_argument("--page-size", **rest, help="tokens in a page of the KV cache")
+    group.add_argument("--num-pages", **rest, help="pages of a rank's KV cache")
+    group.add_argument("--dtype", default=argparse.SUPPRESS, help="float32, bfloat16, … (default: the checkpoint's)")
+    group.add_argument(
+        "--load-format", choices=("auto", "dummy"), default=argparse.SUPPRESS, help="dummy: random weights, no files"
+    )
+    group.add_argument(
+        "--kernels", choices=("auto", "reference"), default=argparse.SUPPRESS, help="reference: plain JAX everywhere"
+    )
+
+
+def llm_options(args: argparse.Namespace) -> dict[str, Any]:
+    """LLM's keyword arguments."""
+    given = vars(args)
+    return {name: given[name] for name in ("model", "hosts", *_LLM_OPTIONS) if name in given}
+
+
+def configure_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", required=True, metavar="FILE", help="prompts, one JSON object a line")
+    parser.add_argument("--output", required=True, metavar="FILE", help="results; lines already there are not redone")
+    add_model_options(parser)
+    group = parser.add_argument_group("sampling, where a line does not say")
+    group.add_argument("--max-tokens", type=int, default=16, metavar="N", help="tokens to generate at most")
+    group.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off")
+    group.add_argument("--seed", type=int, metavar="S", help="each line's seed derives from this and its custom_id")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be given several times")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end of sequence")
+    group = parser.add_argument_group("run")
+    group.add_argument("--retry-errors", action="store_true", help="redo the output's lines that are errors")
+    group.add_argument("--in-flight", type=_positive, default=256, metavar="N", help="requests in the engine at once")
+    group.add_argument("--json", action="store_true", help="print a summary as one JSON object on stdout")
+
+
+def run_generate(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    from moe_jax import batch
+    from moe_jax.request import SamplingParams
+
+    with _bad_input():
+        if args.seed is not None and args.seed < 0:
+            raise ValueError(f"--seed must not be negative, found {args.seed}")
+        defaults = SamplingParams(
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            stop=tuple(args.stop),
+            ignore_eos=args.ignore_eos,
+        )
+    options = batch.Options(
+        defaults=defaults,
+        seed=args.seed,
+        model=str(args.model),
+        retry_errors=args.retry_errors,
+        in_flight=args.in_flight,
+    )
+    with contextlib.ExitStack() as stack:
+
+        def connect() -> batch.Engine:
+            with _bad_input():
+                return stack.enter_context(llm_factory(**llm_options(args)))
+
+        progress = stack.enter_context(_progress())
+        try:
+            counts = batch.run(args.input, args.output, connect, options, progress)
+        except batch.BatchError as error:
+            raise UsageError(str(error)) from error
+        summary = {
+            "requests": counts.requests,
+            "errors": counts.errors,
+            "skipped": counts.skipped,
+            "prompt_tokens": counts.prompt_tokens,
+            "completion_tokens": counts.completion_tokens,
+            "seconds": round(counts.seconds, 3),
+            "tokens_per_second": round(counts.tokens_per_second, 1),
+            "output": str(args.output),
+        }
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        print(
+            "{requests} requests ({skipped} from an earlier run, {errors} errors), {completion_tokens} tokens in "
+            "{seconds} s, {tokens_per_second} tokens/s: {output}".format(**summary),
+            file=sys.stderr,
+        )
+    return 0
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[Counts], None]]:
+    """Shows a run on stderr: a bar on a terminal, else a line every few seconds."""
+    if not sys.stderr.isatty():
+        yield _Lines().update
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+    columns = (SpinnerColumn(), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
+        task = bar.add_task("", total=None)
+        shown = 0.0
+
+        def update(counts: Counts) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown > 0.2 or counts.requests == counts.total:
+                shown = now
+                bar.update(task, total=counts.total, completed=counts.requests, description=_rates(counts))
+
+        yield update
+
+
+class _Lines:
+    """Progress for logs."""
+
+    def __init__(self, every: float = 5.0):
+        self.every = every
+        self.last = time.monotonic()
+
+    def update(self, counts: Counts) -> None:
+        now = time.monotonic()
+        if now - self.last >= self.every:
+            self.last = now
+            print(f"{counts.requests}/{counts.total or '?'} requests, {_rates(counts)}", file=sys.stderr, flush=True)
+
+
+def _rates(counts: Counts) -> str:
+    eta = counts.eta_seconds
+    left = "" if eta is None else f", ETA {int(eta) // 3600}:{int(eta) // 60 % 60:02}:{int(eta) % 60:02}"
+    errors = f", {counts.errors} errors" if counts.errors else ""
+    return f"{counts.tokens_per_second:.1f} tokens/s{left}{errors}"
+
+
+# -- convert --------------------------------------------------------------------------------------------------------
+
+
+def configure_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face model directory")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the serving checkpoint goes")
+    parser.add_argument("--json", action="store_true", help="print a summary as one JSON object on stdout")
+
+
+def run_convert(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    started = time.monotonic()
+    with _bad_input():
+        from moe_jax import checkpoint
+
+        checkpoint.convert(args.model, args.output)
+    seconds = round(time.monotonic() - started, 3)
+    if args.json:
+        print(json.dumps({"model": args.model, "output": args.output, "seconds": seconds}))
+    else:
+        print(f"{args.model} → {args.output} in {seconds} s", file=sys.stderr)
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
+    return value
+
+
+_positive.__name__ = "integer"  # argparse names the type in its message: "invalid integer value: 'x'"
+
+COMMANDS: tuple[Command, ...] = (
+    Command("generate", "Generate for a file of prompts.", configure_generate, run_generate),
+    Command("convert", "Write a serving checkpoint of a model.", configure_convert, run_convert),
+)
+
+if __name__ == "__main__":
+    sys.exit(main())
