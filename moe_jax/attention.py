@@ -21,6 +21,7 @@ from jax import lax
 from moe_jax.config import EngineConfig, ModelConfig
 
 Cache = dict[str, jax.Array]
+DECODE_ROWS = 16  # decode rows that visit their pages together: few, large operations
 MASKED = -1e30  # finite, so that a row with nothing to see stays finite
 
 
@@ -47,23 +48,23 @@ def cache_shapes(model: ModelConfig, engine: EngineConfig) -> dict[str, tuple[in
 
 
 class _State(NamedTuple):
-    """Online softmax: maximum, sum of exponentials, weighted values."""
+    """Online softmax of n query groups: maximum, sum of exponentials, weighted values."""
 
-    m: jax.Array  # [kv_heads, rows]
-    l: jax.Array  # noqa: E741  [kv_heads, rows]
-    acc: jax.Array  # [kv_heads, rows, value_dim]
+    m: jax.Array  # [n, kv_heads, rows]
+    l: jax.Array  # noqa: E741  [n, kv_heads, rows]
+    acc: jax.Array  # [n, kv_heads, rows, value_dim]
 
 
 def _visit(state: _State, q: jax.Array, k: jax.Array, v: jax.Array, j: jax.Array, position: jax.Array) -> _State:
-    """One page. q [kv_heads, rows, key_dim] scaled; k [kv_heads, key_dim, P]; v [kv_heads, P, value_dim]; j [P] the
-    page's positions; position [rows] of the queries."""
-    seen = j <= position[:, None]
-    v = jnp.where((j <= position.max())[:, None], v, 0)  # a stale page may hold anything, NaN too
-    s = jnp.where(seen, (q[..., None] * k[:, None]).sum(-2, dtype=jnp.float32), MASKED)
+    """One page of each of n sequences. q [n, kv_heads, rows, key_dim] scaled; k [n, kv_heads, key_dim, P]; v [n, kv_heads,
+    P, value_dim]; j [P] the page's positions; position [n, rows] of the queries."""
+    v = jnp.where((j <= position.max(-1, keepdims=True))[:, None, :, None], v, 0)  # a stale page may hold anything, NaN too
+    s = (q[..., None] * k[:, :, None]).sum(-2, dtype=jnp.float32)
+    s = jnp.where((j <= position[..., None])[:, None], s, MASKED)
     m = jnp.maximum(state.m, s.max(-1))
     p = jnp.exp(s - m[..., None])
     keep = jnp.exp(state.m - m)
-    pv = (p[..., None] * v[:, None]).sum(-2, dtype=jnp.float32)
+    pv = (p[..., None] * v[:, :, None]).sum(-2, dtype=jnp.float32)
     return _State(m, state.l * keep + p.sum(-1), state.acc * keep[..., None] + pv)
 
 
@@ -77,61 +78,83 @@ def attend(
     rows, heads, key_dim = q.shape
     page_size, kv_heads = cache["k"].shape[-1], cache["k"].shape[2]
     groups = heads // kv_heads
+    within = jnp.arange(page_size)
+
+    def pages(name: str, i: jax.Array, tables: jax.Array) -> jax.Array:
+        """Page i of each of n block tables [n, pages]."""
+        return cache[name].at[layer, tables[:, i]].get(mode="promise_in_bounds")
+
+    def values(k: jax.Array, i: jax.Array, tables: jax.Array) -> jax.Array:
+        if "v" in cache:
+            return pages("v", i, tables)
+        return lax.optimization_barrier(k[:, :, :value_dim].swapaxes(2, 3))
+
+    def start_state(n: int, r: int) -> _State:
+        shape = (n, kv_heads, r)
+        return _State(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
+
+    def finish(state: _State) -> jax.Array:
+        return (state.acc / jnp.maximum(state.l, 1e-30)[..., None]).astype(q.dtype)
+
+    def decode(i: jax.Array, out: jax.Array) -> jax.Array:
+        """DECODE_ROWS rows, each of its own sequence, whose newest position is the row's own."""
+        cut = lambda x: lax.dynamic_slice_in_dim(x, i * DECODE_ROWS, DECODE_ROWS)  # noqa: E731
+        own = cut(position)
+        tables, rows_q = cut(e.tables), cut(q).reshape(-1, kv_heads, groups, key_dim)
+        own_k = cut(new["k"])[..., None]
+        own_v = cut(new["v"])[:, :, None] if "v" in new else None
+
+        def page(p: jax.Array, state: _State) -> _State:
+            j = p * page_size + within
+            mine = (j == own[:, None])[:, None]  # [n, 1, P]
+            k = jnp.where(mine[:, :, None], own_k, pages("k", p, tables))
+            v = values(k, p, tables)
+            if own_v is not None:
+                v = jnp.where(mine[..., None], own_v, v)
+            return _visit(state, rows_q, k, v, j, own[:, None].repeat(groups, 1))
+
+        state = lax.fori_loop(0, own.max() // page_size + 1, page, start_state(DECODE_ROWS, groups))
+        return lax.dynamic_update_slice_in_dim(out, finish(state).reshape(-1, heads, value_dim), i * DECODE_ROWS, 0)
+
+    out = lax.fori_loop(
+        0, (e.num_decode + DECODE_ROWS - 1) // DECODE_ROWS, decode, jnp.zeros((rows, heads, value_dim), q.dtype)
+    )
+    if not prefill:
+        return out
 
     def padded(x: jax.Array) -> jax.Array:  # so that a page's worth may be cut anywhere around an entry's rows
         return jnp.pad(x, ((page_size, page_size), (0, 0), (0, 0)))
 
-    new_k = padded(new["k"]).transpose(1, 2, 0)  # [kv_heads, key_dim, P + T + P]
-    new_v = padded(new["v"]).swapaxes(0, 1) if "v" in new else None
+    new_k = padded(new["k"]).transpose(1, 2, 0)[None]  # [1, kv_heads, key_dim, P + T + P]
+    new_v = padded(new["v"]).swapaxes(0, 1)[None] if "v" in new else None
 
-    def latent_values(k: jax.Array) -> jax.Array:
-        return lax.optimization_barrier(k[:, :value_dim].swapaxes(1, 2))
+    def chunk(i: jax.Array, out: jax.Array) -> jax.Array:
+        """A row tile, all of one sequence."""
+        entry = e.tile_entry[i]
+        start, tables = e.start[entry], e.tables[entry][None]
+        tile_q = lax.dynamic_slice_in_dim(q, i * tile, tile).reshape(tile, kv_heads, groups, key_dim)
+        tile_q = tile_q.transpose(1, 2, 0, 3).reshape(1, kv_heads, groups * tile, key_dim)
+        own = jnp.tile(lax.dynamic_slice_in_dim(position, i * tile, tile), groups)[None]
 
-    def run(q: jax.Array, position: jax.Array, entry: jax.Array) -> jax.Array:
-        """q [n, heads, key_dim], position [n], all of one entry."""
-        n = q.shape[0]
-        q = q.reshape(n, kv_heads, groups, key_dim).transpose(1, 2, 0, 3).reshape(kv_heads, groups * n, key_dim)
-        position = jnp.tile(position, groups)
-        table, start = e.tables[entry], e.start[entry]
-        within = jnp.arange(page_size)
+        def old_page(p: jax.Array, state: _State) -> _State:
+            k = pages("k", p, tables)
+            return _visit(state, tile_q, k, values(k, p, tables), p * page_size + within, own)
 
-        def cached(name: str, i: jax.Array) -> jax.Array:
-            c = cache[name]
-            return lax.dynamic_slice(c, (layer, table[i], 0, 0, 0), (1, 1, *c.shape[2:]))[0, 0]
+        def mixed_page(p: jax.Array, state: _State) -> _State:
+            j = p * page_size + within
+            at = page_size + e.first_row[entry] + p * page_size - start
+            k = jnp.where(j >= start, lax.dynamic_slice_in_dim(new_k, at, page_size, 3), pages("k", p, tables))
+            v = values(k, p, tables)
+            if new_v is not None:
+                v = jnp.where((j >= start)[:, None], lax.dynamic_slice_in_dim(new_v, at, page_size, 2), v)
+            return _visit(state, tile_q, k, v, j, own)
 
-        def old_page(i: jax.Array, state: _State) -> _State:
-            k = cached("k", i)
-            v = latent_values(k) if new_v is None else cached("v", i)
-            return _visit(state, q, k, v, i * page_size + within, position)
+        state = lax.fori_loop(0, start // page_size, old_page, start_state(1, groups * tile))
+        state = lax.fori_loop(start // page_size, own.max() // page_size + 1, mixed_page, state)
+        o = finish(state).reshape(kv_heads, groups, tile, value_dim).transpose(2, 0, 1, 3)
+        return lax.dynamic_update_slice_in_dim(out, o.reshape(tile, heads, value_dim), i * tile, 0)
 
-        def mixed_page(i: jax.Array, state: _State) -> _State:
-            j = i * page_size + within
-            at = page_size + e.first_row[entry] + i * page_size - start
-            fresh = j >= start
-            k = jnp.where(fresh, lax.dynamic_slice_in_dim(new_k, at, page_size, 2), cached("k", i))
-            if new_v is None:
-                v = latent_values(k)
-            else:
-                v = jnp.where(fresh[:, None], lax.dynamic_slice_in_dim(new_v, at, page_size, 1), cached("v", i))
-            return _visit(state, q, k, v, j, position)
-
-        shape = (kv_heads, groups * n)
-        state = _State(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
-        state = lax.fori_loop(0, start // page_size, old_page, state)
-        state = lax.fori_loop(start // page_size, position.max() // page_size + 1, mixed_page, state)
-        out = (state.acc / jnp.maximum(state.l, 1e-30)[..., None]).astype(q.dtype)
-        return out.reshape(kv_heads, groups, n, value_dim).transpose(2, 0, 1, 3).reshape(n, heads, value_dim)
-
-    def some_rows(size: int, entry_of: jax.Array | None, i: jax.Array, out: jax.Array) -> jax.Array:
-        cut = [lax.dynamic_slice_in_dim(x, i * size, size) for x in (q, position)]
-        return lax.dynamic_update_slice_in_dim(out, run(*cut, i if entry_of is None else entry_of[i]), i * size, 0)
-
-    out = jnp.zeros((rows, heads, value_dim), q.dtype)
-    out = lax.fori_loop(0, e.num_decode, lambda i, out: some_rows(1, None, i, out), out)
-    if prefill:
-        first = (e.num_decode + tile - 1) // tile
-        out = lax.fori_loop(first, e.num_tiles, lambda i, out: some_rows(tile, e.tile_entry, i, out), out)
-    return out
+    return lax.fori_loop((e.num_decode + tile - 1) // tile, e.num_tiles, chunk, out)
 
 
 def write(cache: Cache, new: Cache, position: jax.Array, page: jax.Array) -> Cache:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moe_jax.request import SamplingParams
+from moe_jax.scheduler import QueueFull
 from moe_jax.text import Tokenizer
 
 COMPLETIONS = "/v1/completions"
@@ -77,7 +78,10 @@ class Update(Protocol):
 
 
 class Engine(Protocol):
-    """The part of `LLM` that is used. `submit` raises ValueError for a request that cannot be served."""
+    """The part of `LLM` that is used.
+
+    `submit` raises ValueError for a request that can never be served, QueueFull for one that cannot be now.
+    """
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -182,17 +186,20 @@ class _Run:
         self.counts, self.on_progress = counts, on_progress
         self.engine: Engine | None = None
         self.window: deque[_Job] = deque()  # in the input's order
+        self.queue: deque[tuple[_Job, _Choice]] = deque()  # of the last line read, not yet in the engine
         self.choices: dict[str, tuple[_Job, _Choice]] = {}  # in the engine, by request id
 
     def finish(self) -> None:
         exhausted = False
         while True:
-            while not exhausted and len(self.choices) < self.options.in_flight and self._room():
+            room = self._submit()
+            while room and not exhausted and len(self.window) < self.options.window:
                 entry = next(self.todo, None)
                 exhausted = entry is None
                 if entry is not None:
                     self._admit(*entry)
                     self._write()
+                    room = self._submit()
             self._write()
             if not self.choices:
                 if exhausted:
@@ -210,9 +217,6 @@ class _Run:
                 self.engine.cancel(request_id)
         self.choices.clear()
 
-    def _room(self) -> bool:
-        return len(self.window) < self.options.window
-
     def _admit(self, line: Line, known: bytes | None) -> None:
         job = _Job(line, result=known)
         self.window.append(job)
@@ -226,13 +230,30 @@ class _Run:
             self.counts.started = time.monotonic()  # loading the model is not serving
         try:
             job.prompt = _prompt(line, self.engine.tokenizer)
-            for params in _params(line, self.options):
-                request_id = self.engine.submit(job.prompt, params)
-                choice = _Choice(request_id, params.logprobs)
-                job.choices.append(choice)
-                self.choices[request_id] = (job, choice)
+            job.choices = [_Choice(params) for params in _params(line, self.options)]
         except ValueError as error:
             self._fail(job, 400, str(error))
+            return
+        self.queue.extend((job, choice) for choice in job.choices)
+
+    def _submit(self) -> bool:
+        """Fills the engine from the queue; False when the engine has enough for now."""
+        while self.queue and len(self.choices) < self.options.in_flight:
+            job, choice = self.queue[0]
+            assert self.engine is not None
+            try:
+                request_id = self.engine.submit(job.prompt, choice.params)
+            except QueueFull:
+                if not self.choices:  # nothing of ours would make room
+                    raise
+                return False
+            except ValueError as error:
+                self._fail(job, 400, str(error))
+                continue
+            self.queue.popleft()
+            choice.request_id = request_id
+            self.choices[request_id] = (job, choice)
+        return len(self.choices) < self.options.in_flight
 
     def _take(self, update: Update) -> None:
         if update.request_id not in self.choices:  # cancelled, or not ours
@@ -254,6 +275,7 @@ class _Run:
             job.result = _dump(_success(job, self.engine.tokenizer, self.options.model))
 
     def _fail(self, job: _Job, status: int, message: str) -> None:
+        self.queue = deque(entry for entry in self.queue if entry[0] is not job)
         for choice in job.choices:
             if self.choices.pop(choice.request_id, None) and self.engine is not None:
                 self.engine.cancel(choice.request_id)
@@ -396,8 +418,8 @@ def _expect(condition: object, message: str) -> None:
 
 @dataclass
 class _Choice:
-    request_id: str
-    top_logprobs: int | None
+    params: SamplingParams
+    request_id: str = ""  # once submitted
     token_ids: list[int] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     logprobs: list[Mapping[int, float]] = field(default_factory=list)
@@ -457,7 +479,7 @@ def _result(line: Line, status: int, body: dict[str, Any], error: dict[str, Any]
 
 def _logprobs(choice: _Choice, tokenizer: Tokenizer, chat: bool) -> dict[str, Any] | None:
     """In the shape of OpenAI's chat or completions answers."""
-    if choice.top_logprobs is None:
+    if choice.params.logprobs is None:
         return None
 
     def text(token_id: int) -> str:
@@ -468,7 +490,7 @@ def _logprobs(choice: _Choice, tokenizer: Tokenizer, chat: bool) -> dict[str, An
         return {"token": text(token_id), "logprob": logprob, "bytes": list(piece)}
 
     pairs = list(zip(choice.token_ids, choice.logprobs, strict=False))
-    tops = [sorted(top.items(), key=lambda item: -item[1])[: choice.top_logprobs] for _, top in pairs]
+    tops = [sorted(top.items(), key=lambda item: -item[1])[: choice.params.logprobs] for _, top in pairs]
     if chat:
         content = [
             {**entry(token, logprobs.get(token)), "top_logprobs": [entry(*item) for item in top]}

@@ -4,8 +4,9 @@ A step takes some twenty small arrays. Sent one by one they cost more than a sma
 `Layout` gives each field its place, packs a plan into a vector with numpy, and cuts it up again on the device.
 """
 
+import struct
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import lax
 
 from moe_jax.attention import Entries
 from moe_jax.config import Bucket, EngineConfig
-from moe_jax.request import MAX_LOGPROBS
+from moe_jax.request import MAX_LOGPROBS, SamplingParams
 from moe_jax.sampling import Sampled, SampleParams
 from moe_jax.scheduler import Sampled as HostSampled
 from moe_jax.scheduler import StepPlan
@@ -65,12 +66,7 @@ class Layout:
             "tables": (entries, self.engine.pages_per_sequence),
             "start": (entries,),
             "first_row": (entries,),
-            "sample_row": (samples,),
-            "temperature": (samples,),
-            "top_p": (samples,),
-            "top_k": (samples,),
-            "seed": (samples, 2),
-            "sample_position": (samples,),
+            "samples": (samples, 7),  # row, position, then _sampling_words
         }
         out, offset = {}, 0
         for name, shape in shapes.items():
@@ -80,8 +76,7 @@ class Layout:
 
     @cached_property
     def size(self) -> int:
-        offset, shape = self.fields["sample_position"]
-        return offset + shape[0]
+        return sum(int(np.prod(shape)) for _, shape in self.fields.values())
 
     def pack(self, plan: StepPlan, wish: int, bell: int) -> np.ndarray:
         """[size] int32. Raises ValueError when the plan does not fit the bucket."""
@@ -92,30 +87,29 @@ class Layout:
             name: vector[offset : offset + int(np.prod(shape))].reshape(shape)
             for name, (offset, shape) in self.fields.items()
         }
-        tile, page_size = self.engine.row_tile, self.engine.page_size
-        view["page"][:] = -1
-        sampled = plan.sampled
+        tile, page_size, sampled = self.engine.row_tile, self.engine.page_size, plan.sampled
         top = any(e.sequence.request.params.logprobs for e in sampled)
         view["counts"][:] = plan.decode_rows, plan.rows // tile, len(sampled), top, wish, bell
+        view["page"][:] = -1
+        tables = view["tables"]
         for i, e in enumerate(plan.entries):
-            s, rows, stop = e.sequence, slice(e.first_row, e.first_row + e.count), e.start + e.count
-            pages = np.asarray(s.pages, np.int32)
-            positions = np.arange(e.start, stop)
-            view["token"][rows] = s.token_ids[e.start : stop]
-            view["position"][rows] = positions
-            view["page"][rows] = pages[positions // page_size]
-            view["tables"][i, : len(pages)] = pages
-            view["start"][i], view["first_row"][i] = e.start, e.first_row
-            if not e.is_decode:
-                view["tile_entry"][e.first_row // tile : -(-(e.first_row + e.count) // tile)] = i
-        for i, e in enumerate(sampled):
-            p = e.sequence.request.params
-            view["sample_row"][i] = e.sample_row
-            view["temperature"].view(np.float32)[i] = p.temperature
-            view["top_p"].view(np.float32)[i] = p.top_p
-            view["top_k"][i] = p.top_k
-            view["seed"].view(np.uint32)[i] = np.uint64(p.seed or 0) & np.uint64(0xFFFFFFFF), np.uint64(p.seed or 0) >> np.uint64(32)
-            view["sample_position"][i] = e.sample_position
+            tables[i, : len(e.sequence.pages)] = e.sequence.pages
+        view["start"][: len(plan.entries)] = [e.start for e in plan.entries]
+        view["first_row"][: len(plan.entries)] = [e.first_row for e in plan.entries]
+        n = plan.decode_rows
+        view["token"][:n] = [e.sequence.token_ids[e.start] for e in plan.entries[:n]]
+        view["position"][:n] = view["start"][:n]
+        view["page"][:n] = tables[np.arange(n), view["start"][:n] // page_size]
+        for i, e in enumerate(plan.entries[n:], n):
+            rows, position = slice(e.first_row, e.first_row + e.count), np.arange(e.start, e.start + e.count)
+            view["token"][rows] = e.sequence.token_ids[e.start : e.start + e.count]
+            view["position"][rows] = position
+            view["page"][rows] = tables[i, position // page_size]
+            view["tile_entry"][e.first_row // tile : -(-(e.first_row + e.count) // tile)] = i
+        if sampled:
+            view["samples"][: len(sampled)] = [
+                (e.sample_row, e.sample_position, *_sampling_words(e.sequence.request.params)) for e in sampled
+            ]
         return vector
 
     def unpack(self, vector: jax.Array) -> StepInput:
@@ -123,25 +117,31 @@ class Layout:
             name: vector[offset : offset + int(np.prod(shape))].reshape(shape)
             for name, (offset, shape) in self.fields.items()
         }
-        as_float = lambda x: lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
+        row, position, temperature, top_p, top_k, low, high = f["samples"].T
         decode, tiles, samples, top = (f["counts"][i] for i in range(4))
         return StepInput(
             token=f["token"],
             position=f["position"],
             page=f["page"],
             entries=Entries(f["tables"], f["start"], f["first_row"], f["tile_entry"], decode, tiles),
-            sample_row=f["sample_row"],
+            sample_row=row,
             num_sampled=samples,
             sampling=SampleParams(
-                temperature=as_float(f["temperature"]),
-                top_p=as_float(f["top_p"]),
-                top_k=f["top_k"],
-                seed=lax.bitcast_convert_type(f["seed"], jnp.uint32),
-                position=f["sample_position"],
+                temperature=lax.bitcast_convert_type(temperature, jnp.float32),
+                top_p=lax.bitcast_convert_type(top_p, jnp.float32),
+                top_k=top_k,
+                seed=lax.bitcast_convert_type(jnp.stack([low, high], axis=1), jnp.uint32),
+                position=position,
             ),
             want_top=top > 0,
             wish=f["counts"][4:6],
         )
+
+
+@lru_cache(maxsize=4096)
+def _sampling_words(p: SamplingParams) -> tuple[int, ...]:
+    """temperature, top_p, top_k, seed (low word first) as five int32."""
+    return struct.unpack("<5i", struct.pack("<ffiQ", p.temperature, p.top_p, p.top_k, p.seed or 0))
 
 
 def pack_output(agreed: jax.Array, sampled: Sampled) -> jax.Array:

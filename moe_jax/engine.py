@@ -20,6 +20,7 @@ from moe_jax.attention import cache_shapes
 from moe_jax.batch_input import Layout, unpack_output
 from moe_jax.config import Bucket, EngineConfig, ModelConfig
 from moe_jax.executables import Executables
+from moe_jax.kernels.expert_ffn import prepare
 from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs, routing_table
 from moe_jax.request import Request, SamplingParams, TokenEvent
 from moe_jax.scheduler import Entry, Limits, Scheduler, Sequence, StepPlan
@@ -66,7 +67,7 @@ class Engine:
         self.buckets = config.buckets
         self.layouts = {bucket: Layout(bucket, config) for bucket in self.buckets}
         self.executables = Executables(model, config, mesh)
-        loaded = [load(i, mesh.devices[i]) for i in mesh.local]
+        loaded = [self._prepare(load(i, mesh.devices[i])) for i in mesh.local]
         self.params = jax.tree.map(lambda spec, *shards: mesh.assemble(list(shards), spec), param_specs(model), *loaded)
         tables = [routing_table(slot_experts[:, i], model.num_experts) for i in range(model.num_moe_layers)]
         self.table = mesh.put([np.stack(tables)] * len(mesh.local), REPLICATED)
@@ -80,6 +81,12 @@ class Engine:
         self.bells_answered = 0
         self.steps = 0
         self.logits: dict[tuple[str, int], np.ndarray] = {}  # (request id, position) -> [V], with return_logits
+
+    @staticmethod
+    def _prepare(params: Any) -> Any:
+        for segment in params["segments"]:
+            segment |= {name: prepare(a) for name, a in segment.items() if name.startswith("experts_")}
+        return params
 
     # Requests
 

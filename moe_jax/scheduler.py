@@ -60,6 +60,28 @@ class Limits:
                 f"{self.max_model_len}, or the longest request could never be queued"
             )
 
+    def check(self, request: Request) -> None:
+        """Raises ValueError for a request that could never be served here, or that has already ended."""
+        outputs = request.output_ids
+        if len(request.token_ids) > self.max_model_len - 1:
+            raise ValueError(
+                f"prompt: found {len(request.token_ids)} tokens, expected at most {self.max_model_len - 1} "
+                f"(max_model_len - 1)"
+            )
+        limit = request.output_limit(self.max_model_len)
+        reason = request.finish_reason(outputs[-1], len(outputs), self.max_model_len) if outputs else None
+        if reason is not None:
+            raise ValueError(
+                f"output_ids: found {len(outputs)} tokens that end the request ({reason!r}), "
+                f"expected fewer than {limit} and none that stops it"
+            )
+        most = ceil_div(len(request.token_ids) + limit - 1, self.page_size)  # the last token's K/V are not needed
+        if most > self.num_pages:
+            raise ValueError(
+                f"prompt + max_tokens: found {len(request.token_ids)} + {limit} tokens, which take {most} pages, "
+                f"expected at most the pool's {self.num_pages} pages of {self.page_size} tokens"
+            )
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -155,28 +177,10 @@ class Scheduler:
 
         Raises QueueFull; and ValueError when its id is taken, it has already ended, or it can never fit.
         """
-        limits, outputs = self.limits, request.output_ids
-        length = len(request.token_ids) + len(outputs)
+        limits, length = self.limits, len(request.token_ids) + len(request.output_ids)
         if request.request_id in self._sequences:
             raise ValueError(f"request_id: found {request.request_id!r}, which is being served, expected a new one")
-        if len(request.token_ids) > limits.max_model_len - 1:
-            raise ValueError(
-                f"prompt: found {len(request.token_ids)} tokens, expected at most {limits.max_model_len - 1} "
-                f"(max_model_len - 1)"
-            )
-        limit = request.output_limit(limits.max_model_len)
-        reason = request.finish_reason(outputs[-1], len(outputs), limits.max_model_len) if outputs else None
-        if reason is not None:
-            raise ValueError(
-                f"output_ids: found {len(outputs)} tokens that end the request ({reason!r}), "
-                f"expected fewer than {limit} and none that stops it"
-            )
-        most = ceil_div(len(request.token_ids) + limit - 1, limits.page_size)  # the last token's K/V are not needed
-        if most > limits.num_pages:
-            raise ValueError(
-                f"prompt + max_tokens: found {len(request.token_ids)} + {limit} tokens, which take {most} pages, "
-                f"expected at most the pool's {limits.num_pages} pages of {limits.page_size} tokens"
-            )
+        limits.check(request)
         if not accepted and self._waiting_tokens + length > limits.max_waiting_tokens:
             raise QueueFull(
                 f"queue: found {self._waiting_tokens} tokens waiting and {length} more, "
@@ -284,6 +288,10 @@ class Scheduler:
             if plan.decode_rows < rows and sequence.remaining == 1 and self._grow(sequence, 1):
                 self._place(plan, sequence, 1, plan.decode_rows, is_decode=True)
                 plan.decode_rows += 1
+        # Rows of one tile visit their pages together, so sequences of like length belong together.
+        plan.entries.sort(key=lambda e: e.start)
+        for row, entry in enumerate(plan.entries):
+            entry.first_row = row
         plan.rows = ceil_div(plan.decode_rows, limits.row_tile) * limits.row_tile
         if prefill:
             self._schedule_prefill(plan, min(rows, plan.rows + limits.max_prefill_rows))

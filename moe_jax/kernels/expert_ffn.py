@@ -6,9 +6,31 @@ rows, so that a pair's result has the same bits whatever else is in the batch. (
 masked product for every group: with 16 experts and 128 pairs it took 6 times as long as the tiles; 2026-11, 2 cores.)
 """
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+def prepare(weights: jax.Array) -> jax.Array:
+    """Expert weights as the tiled version wants them, donated. On CPU bfloat16 becomes its bits in uint16: XLA there
+    (seen in jax 0.10.2) would widen the whole stack in every step before it cuts a slot out, but leaves integers be."""
+    on_cpu = next(iter(weights.devices())).platform == "cpu"
+    return _to_bits(weights) if on_cpu and weights.dtype == jnp.bfloat16 else weights
+
+
+@partial(jax.jit, donate_argnums=0)
+def _to_bits(weights: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(weights, jnp.uint16)
+
+
+def widen(weights: jax.Array, dtype: Any) -> jax.Array:
+    """Weights, or the bits of bfloat16 weights, in `dtype`; exact where dtype is float32."""
+    if weights.dtype == jnp.uint16:
+        weights = lax.bitcast_convert_type(weights.astype(jnp.uint32) << 16, jnp.float32)
+    return weights.astype(dtype)
 
 
 def expert_ffn(
@@ -32,7 +54,7 @@ def expert_ffn(
     inner = down.shape[2]
 
     def weights(stack: jax.Array, s: jax.Array) -> jax.Array:
-        return lax.dynamic_slice(stack, (layer, s, 0, 0), (1, 1, *stack.shape[2:]))[0, 0].astype(x.dtype)
+        return widen(lax.dynamic_slice(stack, (layer, s, 0, 0), (1, 1, *stack.shape[2:]))[0, 0], x.dtype)
 
     def one_slot(h: jax.Array, out: jax.Array) -> jax.Array:
         s = hit[h]
@@ -57,8 +79,8 @@ def expert_ffn_reference(
 ) -> jax.Array:
     """Every slot for every row, then a choice: slow, and obviously right."""
     del tile
-    gate_up, down = gate_up[layer], down[layer]
+    gate_up, down = widen(gate_up[layer], x.dtype), widen(down[layer], x.dtype)
     inner = down.shape[1]
-    a = jnp.einsum("mh,shi->msi", x, gate_up.astype(x.dtype), precision="highest")
-    y = jnp.einsum("msi,sih->msh", jax.nn.silu(a[..., :inner]) * a[..., inner:], down.astype(x.dtype), precision="highest")
+    a = jnp.einsum("mh,shi->msi", x, gate_up, precision="highest")
+    y = jnp.einsum("msi,sih->msh", jax.nn.silu(a[..., :inner]) * a[..., inner:], down, precision="highest")
     return jnp.where((slot >= 0)[..., None], jnp.take_along_axis(y, jnp.maximum(slot, 0)[..., None], axis=1), 0)

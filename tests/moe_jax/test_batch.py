@@ -24,6 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from moe_jax import batch
 from moe_jax.batch import BatchError, Counts, Options, derived_seed, parse_line
 from moe_jax.request import SamplingParams
+from moe_jax.scheduler import QueueFull
 from moe_jax.text import Tokenizer, full_text
 
 ROOT = Path(batch.__file__).parents[1]
@@ -346,6 +347,21 @@ def test_order_and_bounds(tmp_path: Path) -> None:
     rows = run(tmp_path, simple(300), llm, in_flight=16, window=40)
     assert [row["custom_id"] for row in rows] == [f"id{i}" for i in range(300)]
     assert llm.peak <= 16 and not llm.running
+
+
+def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
+    class Small(ToyLLM):
+        def submit(self, prompt: list[int], params: SamplingParams, request_id: str | None = None) -> str:
+            if len(self.running) == 3:
+                raise QueueFull("try again later")
+            return super().submit(prompt, params, request_id)
+
+    lines = [{**line, "n": 5} for line in simple(20)]
+    llm = Small()
+    rows = run(tmp_path, lines, llm)
+    assert llm.peak == 3 and len(llm.submitted) == 100 and not llm.running
+    (tmp_path / "out.jsonl").unlink()
+    assert rows == run(tmp_path)
 
 
 def test_the_input_is_streamed(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""The environment variables that an engine process needs before it imports JAX, and where compiled programs are kept.
+
+Which platform the engines will use is guessed here without touching a device: the process that starts them holds none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform as machine
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+Platform = Literal["cpu", "cuda"]
+
+_PACKAGES = ("moe_jax", "serving")
+# elastic-jax: without these a rank whose peer is lost ends itself instead of raising.
+_CUDA_FLAGS = (
+    "--xla_gpu_nccl_terminate_on_error=false",
+    "--xla_gpu_nccl_async_execution=true",
+    "--xla_gpu_nccl_blocking_communicators=false",
+)
+_CUDA = {
+    "XLA_PYTHON_CLIENT_ABORT_COLLECTIVES_ON_FAILURE": "1",
+    "XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT": "1",
+    "NCCL_RAS_ENABLE": "0",  # its thread is one more to wait for in an abort
+}
+
+
+def guess_platform(jax_platforms: str | None) -> Platform:
+    """What JAX will choose: the first of `jax_platforms` if that is set, else a GPU if there are one and its plugin."""
+    if jax_platforms:
+        first = jax_platforms.split(",")[0].strip()
+        if first not in ("cpu", "cuda", "gpu"):
+            raise ValueError(f"JAX_PLATFORMS: found {jax_platforms!r}, expected cpu or cuda")
+        return "cpu" if first == "cpu" else "cuda"
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    has_plugin = any(importlib.util.find_spec(name) is not None for name in plugins)
+    return "cuda" if has_plugin and Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def engine_environment(rank: int, platform: Platform, environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` with what rank `rank`'s engine process needs: one device, and this package importable.
+
+    With MOE_JAX_SHARE_GPU=1 all ranks use the first GPU, and NCCL takes them for different machines.
+    Raises ValueError when CUDA_VISIBLE_DEVICES names too few GPUs.
+    """
+    env = dict(environ)
+    env.pop("JAX_NUM_CPU_DEVICES", None)
+    # One device a process: with two, the survivors of a lost peer hang inside XLA.
+    flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", env.get("XLA_FLAGS", "")).split()
+    env["JAX_PLATFORMS"] = platform
+    if platform == "cuda":
+        names = {flag.split("=")[0] for flag in flags}
+        flags += [flag for flag in _CUDA_FLAGS if flag.split("=")[0] not in names]
+        for name, value in _CUDA.items():
+            env.setdefault(name, value)
+        shared = env.get("MOE_JAX_SHARE_GPU") == "1"
+        visible = env.get("CUDA_VISIBLE_DEVICES")
+        gpus = [str(i) for i in range(rank + 1)] if visible is None else visible.split(",")
+        index = 0 if shared else rank
+        if index >= len(gpus):
+            raise ValueError(f"CUDA_VISIBLE_DEVICES: found {visible!r}, expected a GPU for rank {rank}")
+        env["CUDA_VISIBLE_DEVICES"] = gpus[index]
+        if shared:
+            env |= {
+                "NCCL_HOSTID": f"host{rank}",
+                "NCCL_SOCKET_IFNAME": "lo",
+                "NCCL_IB_DISABLE": "1",
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            }
+    env["XLA_FLAGS"] = " ".join(flags)
+    return with_packages(env)
+
+
+def with_packages(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` with a PYTHONPATH that finds this package where the running process found it."""
+    roots: list[str] = []
+    for name in _PACKAGES:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None, name
+        roots.append(str(Path(spec.origin).resolve().parent.parent))
+    existing = environ.get("PYTHONPATH", "").split(os.pathsep)
+    return {**environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys([*roots, *filter(None, existing)]))}
+
+
+def compilation_cache(platform: Platform, directory: str | Path | None, environ: Mapping[str, str]) -> Path:
+    """Where compiled programs are kept: `directory`, $MOE_JAX_CACHE, or ~/.cache/moe-jax/xla.
+
+    Programs for a CPU lie in a directory of that kind of CPU: they hold its instructions, and JAX's key does not say so.
+    """
+    root = Path(directory or environ.get("MOE_JAX_CACHE") or "~/.cache/moe-jax/xla").expanduser()
+    return root / f"cpu-{_cpu_kind()}" if platform == "cpu" else root
+
+
+def _cpu_kind() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    return hashlib.sha256("\n".join([machine.machine(), *named]).encode()).hexdigest()[:12]

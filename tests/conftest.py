@@ -1,0 +1,18 @@
+"""JAX as the tests want it, set before any test module uses it: the CPU, four virtual devices, one summation order."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
+
+import jax
+from hypothesis import settings
+
+# `LLM(ranks_per_host=n)` can ask for devices only before JAX is first used: the first test would decide for all.
+jax.config.update("jax_num_cpu_devices", 4)
+jax.devices()
+
+settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.register_profile("local", deadline=None)
+settings.load_profile("ci" if "CI" in os.environ else "local")
