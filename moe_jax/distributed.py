@@ -1,14 +1,15 @@
 """JAX across processes: the coordination service, its clients, and every private JAX name that this project uses.
 
 Private names and where they were seen: `jax._src.distributed.global_state` and `jax._src.lib._jax` (0.10.2, 0.11.2,
-0.12.0), `jax._src.xla_bridge.backends_are_initialized` (the same).
+0.12.0), `jax._src.xla_bridge.backends_are_initialized` (the same), `jax._src.cache_key._hash_accelerator_config` and
+`_hash_devices` (0.10.2, 0.11.2).
 """
 
 import os
 from typing import Any
 
 import jax
-from jax._src import distributed, xla_bridge
+from jax._src import cache_key, distributed, xla_bridge
 from jax._src.lib import _jax
 
 _CPU_FLAGS = "--xla_cpu_multi_thread_eigen=false"
@@ -57,3 +58,20 @@ def connect(address: str, rank: int, num_nodes: int, init_timeout_s: int = 120, 
 def live_nodes(client: Any, ranks: list[int]) -> list[int]:
     """A barrier among the live of `ranks`; it also tells XLA their incarnations. To be called at every epoch."""
     return sorted(client.get_live_nodes(sorted(ranks)))
+
+
+def keep_programs(directory: str, share: bool, timeout_s: float) -> None:
+    """Keep compiled programs in `directory`, where only rank 0 of a program of several ranks writes.
+
+    With `share`, rank 0 compiles what is missing and the others, for up to `timeout_s`, wait for it. That needs all
+    ranks to find the same entries: nobody else may add any in the meantime. Without it they compile at the same time,
+    and on CPU the first one done gives up on the last after 30 s (Gloo).
+    """
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if share:
+        # On CPU the devices' topology, as each process sees it, is part of the key: no two ranks would agree on one.
+        cache_key._hash_accelerator_config = cache_key._hash_devices
+        jax.config.update("jax_share_binary_between_hosts", True)
+        jax.config.update("jax_share_binary_between_hosts_timeout_ms", int(timeout_s * 1000))

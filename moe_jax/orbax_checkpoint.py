@@ -35,6 +35,9 @@ class OrbaxCheckpoint:
         self.config = config
         self._path = path
         self._arrays: dict[tuple[str, int], ts.TensorStore] = {}
+        # Each of TensorStore's threads keeps some megabytes of buffers that it has freed.
+        limit = {"limit": 2}
+        self._context = ts.Context({"file_io_concurrency": limit, "data_copy_concurrency": limit})
         try:
             found = json.loads((path / MARKER).read_text())
         except (OSError, ValueError):
@@ -72,7 +75,7 @@ class OrbaxCheckpoint:
             }
             expected = (self.config.num_experts, *param.shape) if param.expert else param.shape
             try:
-                store = ts.open(spec, open=True, read=True).result()
+                store = ts.open(spec, open=True, read=True, context=self._context).result()
             except ValueError as e:
                 reason = " ".join(str(e).split())[:200]
                 raise CheckpointError(
