@@ -7,9 +7,9 @@ Layouts, of one rank: keys [layers, pages, kv_heads, key_dim, page_size], values
 value_dim]. With latent attention there is one kv head, and the values are the first `kv_rank` numbers of the keys:
 nothing else is stored.
 
-Each query row visits its pages in order, with arithmetic that no other row takes part in (products and sums over the
-head, no matrix product), so a row's result is the same bits in a prefill, a chunk or a decode step: a page that is
-masked out adds exact zeros. Online softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867).
+Each query row visits the pages before it in order, and itself last, with arithmetic that no other row takes part in
+(products and sums over the head, no matrix product), so a row's result is the same bits in a prefill, a chunk or a
+decode step: what is masked out adds exact zeros. Online softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867).
 """
 
 from typing import NamedTuple
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.config import EngineConfig, ModelConfig
+from moe_jax.tiles import map_tiles
 
 Cache = dict[str, jax.Array]
-DECODE_ROWS = 16  # decode rows that visit their pages together: few, large operations
 MASKED = -1e30  # finite, so that a row with nothing to see stays finite
 
 
@@ -48,113 +48,127 @@ def cache_shapes(model: ModelConfig, engine: EngineConfig) -> dict[str, tuple[in
 
 
 class _State(NamedTuple):
-    """Online softmax of n query groups: maximum, sum of exponentials, weighted values."""
+    """Online softmax of the rows of one sequence: maximum, sum of exponentials, weighted values."""
 
-    m: jax.Array  # [n, kv_heads, rows]
-    l: jax.Array  # noqa: E741  [n, kv_heads, rows]
-    acc: jax.Array  # [n, kv_heads, rows, value_dim]
+    m: jax.Array  # [kv_heads, rows]
+    l: jax.Array  # noqa: E741  [kv_heads, rows]
+    acc: jax.Array  # [kv_heads, rows, value_dim]
 
 
-def _visit(state: _State, q: jax.Array, k: jax.Array, v: jax.Array, j: jax.Array, position: jax.Array) -> _State:
-    """One page of each of n sequences. q [n, kv_heads, rows, key_dim] scaled; k [n, kv_heads, key_dim, P]; v [n, kv_heads,
-    P, value_dim]; j [P] the page's positions; position [n, rows] of the queries."""
-    v = jnp.where((j <= position.max(-1, keepdims=True))[:, None, :, None], v, 0)  # a stale page may hold anything, NaN too
-    s = (q[..., None] * k[:, :, None]).sum(-2, dtype=jnp.float32)
-    s = jnp.where((j <= position[..., None])[:, None], s, MASKED)
+def _visit(state: _State, q: jax.Array, k: jax.Array, v: jax.Array, j: jax.Array, own: jax.Array) -> _State:
+    """One page: what rows at positions own [rows] see of positions j [P], those strictly before their own.
+
+    q [kv_heads, rows, key_dim] scaled; k [kv_heads, key_dim, P]; v [kv_heads, P, value_dim].
+    """
+    s = (q[..., None] * k[:, None]).sum(-2, dtype=jnp.float32)
+    s = jnp.where(j < own[:, None], s, MASKED)
     m = jnp.maximum(state.m, s.max(-1))
-    p = jnp.exp(s - m[..., None])
+    p = jnp.where(j < own[:, None], jnp.exp(s - m[..., None]), 0)
     keep = jnp.exp(state.m - m)
-    pv = (p[..., None] * v[:, :, None]).sum(-2, dtype=jnp.float32)
+    pv = (p[..., None] * v[:, None]).sum(-2, dtype=jnp.float32)
     return _State(m, state.l * keep + p.sum(-1), state.acc * keep[..., None] + pv)
 
 
+def _finish(m: jax.Array, l: jax.Array, acc: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # noqa: E741
+    """The last step of every row, which adds the row itself. All [T, kv_heads, groups, ...], k and v with groups 1."""
+    s = (q * k).sum(-1, dtype=jnp.float32)
+    top = jnp.maximum(m, s)
+    p, keep = jnp.exp(s - top), jnp.exp(m - top)
+    return ((acc * keep[..., None] + p[..., None] * v) / (l * keep + p)[..., None]).astype(q.dtype)
+
+
 def attend(
-    q: jax.Array, new: Cache, cache: Cache, layer: jax.Array, position: jax.Array, e: Entries, value_dim: int, tile: int, prefill: bool
+    q: jax.Array,
+    new: Cache,
+    cache: Cache,
+    layer: jax.Array,
+    position: jax.Array,
+    e: Entries,
+    value_dim: int,
+    tile: int | None,
+    row_tile: int,
+    prefill: bool,
 ) -> jax.Array:
     """q [T, heads, key_dim] scaled, new k [T, kv_heads, key_dim], v [T, kv_heads, value_dim] or absent, position [T].
 
-    Returns [T, heads, value_dim] in q's dtype. Rows of no entry come out as zeros or garbage, never NaN.
+    Returns [T, heads, value_dim] in q's dtype. Rows of no entry come out finite. `tile` is that of `map_tiles`.
     """
     rows, heads, key_dim = q.shape
     page_size, kv_heads = cache["k"].shape[-1], cache["k"].shape[2]
     groups = heads // kv_heads
     within = jnp.arange(page_size)
+    grouped = q.reshape(rows, kv_heads, groups, key_dim)
 
-    def pages(name: str, i: jax.Array, tables: jax.Array) -> jax.Array:
-        """Page i of each of n block tables [n, pages]."""
-        return cache[name].at[layer, tables[:, i]].get(mode="promise_in_bounds")
+    def cached(name: str, page: jax.Array) -> jax.Array:
+        c = cache[name]
+        return lax.dynamic_slice(c, (layer, page, 0, 0, 0), (1, 1, *c.shape[2:]))[0, 0]
 
-    def values(k: jax.Array, i: jax.Array, tables: jax.Array) -> jax.Array:
+    def values(k: jax.Array, page: jax.Array) -> jax.Array:
         if "v" in cache:
-            return pages("v", i, tables)
-        return lax.optimization_barrier(k[:, :, :value_dim].swapaxes(2, 3))
+            return cached("v", page)
+        return lax.optimization_barrier(k[:, :value_dim].swapaxes(1, 2))
 
-    def start_state(n: int, r: int) -> _State:
-        shape = (n, kv_heads, r)
+    def start_state(n: int) -> _State:
+        shape = (kv_heads, n)
         return _State(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
 
-    def finish(state: _State) -> jax.Array:
-        return (state.acc / jnp.maximum(state.l, 1e-30)[..., None]).astype(q.dtype)
-
-    def decode(i: jax.Array, out: jax.Array) -> jax.Array:
-        """DECODE_ROWS rows, each of its own sequence, whose newest position is the row's own."""
-        cut = lambda x: lax.dynamic_slice_in_dim(x, i * DECODE_ROWS, DECODE_ROWS)  # noqa: E731
-        own = cut(position)
-        tables, rows_q = cut(e.tables), cut(q).reshape(-1, kv_heads, groups, key_dim)
-        own_k = cut(new["k"])[..., None]
-        own_v = cut(new["v"])[:, :, None] if "v" in new else None
+    def seen_by_row(i: jax.Array) -> _State:
+        """What decode row i, which is entry i, sees of its pages."""
+        own, table, row_q = position[i], e.tables[i], grouped[i]
 
         def page(p: jax.Array, state: _State) -> _State:
-            j = p * page_size + within
-            mine = (j == own[:, None])[:, None]  # [n, 1, P]
-            k = jnp.where(mine[:, :, None], own_k, pages("k", p, tables))
-            v = values(k, p, tables)
-            if own_v is not None:
-                v = jnp.where(mine[..., None], own_v, v)
-            return _visit(state, rows_q, k, v, j, own[:, None].repeat(groups, 1))
+            k = cached("k", table[p])
+            return _visit(state, row_q, k, values(k, table[p]), p * page_size + within, own[None])
 
-        state = lax.fori_loop(0, own.max() // page_size + 1, page, start_state(DECODE_ROWS, groups))
-        return lax.dynamic_update_slice_in_dim(out, finish(state).reshape(-1, heads, value_dim), i * DECODE_ROWS, 0)
-
-    out = lax.fori_loop(
-        0, (e.num_decode + DECODE_ROWS - 1) // DECODE_ROWS, decode, jnp.zeros((rows, heads, value_dim), q.dtype)
-    )
-    if not prefill:
-        return out
+        return lax.fori_loop(0, (own + page_size - 1) // page_size, page, start_state(groups))
 
     def padded(x: jax.Array) -> jax.Array:  # so that a page's worth may be cut anywhere around an entry's rows
         return jnp.pad(x, ((page_size, page_size), (0, 0), (0, 0)))
 
-    new_k = padded(new["k"]).transpose(1, 2, 0)[None]  # [1, kv_heads, key_dim, P + T + P]
-    new_v = padded(new["v"]).swapaxes(0, 1)[None] if "v" in new else None
-
-    def chunk(i: jax.Array, out: jax.Array) -> jax.Array:
-        """A row tile, all of one sequence."""
+    def seen_by_tile(i: jax.Array) -> _State:
+        """What the rows of prefill tile i, all of one sequence, see of its pages, of which this step fills some."""
         entry = e.tile_entry[i]
-        start, tables = e.start[entry], e.tables[entry][None]
-        tile_q = lax.dynamic_slice_in_dim(q, i * tile, tile).reshape(tile, kv_heads, groups, key_dim)
-        tile_q = tile_q.transpose(1, 2, 0, 3).reshape(1, kv_heads, groups * tile, key_dim)
-        own = jnp.tile(lax.dynamic_slice_in_dim(position, i * tile, tile), groups)[None]
+        start, table = e.start[entry], e.tables[entry]
+        tile_q = lax.dynamic_slice_in_dim(grouped, i * row_tile, row_tile)
+        tile_q = tile_q.transpose(1, 2, 0, 3).reshape(kv_heads, groups * row_tile, key_dim)
+        own = jnp.tile(lax.dynamic_slice_in_dim(position, i * row_tile, row_tile), groups)
 
         def old_page(p: jax.Array, state: _State) -> _State:
-            k = pages("k", p, tables)
-            return _visit(state, tile_q, k, values(k, p, tables), p * page_size + within, own)
+            k = cached("k", table[p])
+            return _visit(state, tile_q, k, values(k, table[p]), p * page_size + within, own)
 
         def mixed_page(p: jax.Array, state: _State) -> _State:
             j = p * page_size + within
             at = page_size + e.first_row[entry] + p * page_size - start
-            k = jnp.where(j >= start, lax.dynamic_slice_in_dim(new_k, at, page_size, 3), pages("k", p, tables))
-            v = values(k, p, tables)
+            k = jnp.where(j >= start, lax.dynamic_slice_in_dim(new_k, at, page_size, 2), cached("k", table[p]))
+            v = values(k, table[p])
             if new_v is not None:
-                v = jnp.where((j >= start)[:, None], lax.dynamic_slice_in_dim(new_v, at, page_size, 2), v)
+                v = jnp.where((j >= start)[:, None], lax.dynamic_slice_in_dim(new_v, at, page_size, 1), v)
             return _visit(state, tile_q, k, v, j, own)
 
-        state = lax.fori_loop(0, start // page_size, old_page, start_state(1, groups * tile))
-        state = lax.fori_loop(start // page_size, own.max() // page_size + 1, mixed_page, state)
-        o = finish(state).reshape(kv_heads, groups, tile, value_dim).transpose(2, 0, 1, 3)
-        return lax.dynamic_update_slice_in_dim(out, o.reshape(tile, heads, value_dim), i * tile, 0)
+        state = lax.fori_loop(0, start // page_size, old_page, start_state(groups * row_tile))
+        return lax.fori_loop(start // page_size, (own.max() + page_size - 1) // page_size, mixed_page, state)
 
-    return lax.fori_loop((e.num_decode + tile - 1) // tile, e.num_tiles, chunk, out)
+    def keep(seen: _State, state: _State, at: jax.Array) -> _State:
+        """Put the state of n rows [kv_heads, groups * n, ...] into that of all [T, kv_heads, groups, ...]."""
+
+        def put(all_rows: jax.Array, x: jax.Array) -> jax.Array:
+            x = x.reshape(kv_heads, groups, -1, *x.shape[2:])
+            return lax.dynamic_update_slice_in_dim(all_rows, jnp.moveaxis(x, 2, 0), at, 0)
+
+        return jax.tree.map(put, seen, state)
+
+    shape = (rows, kv_heads, groups)
+    seen = _State(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
+    seen = lax.fori_loop(0, e.num_decode, lambda i, seen: keep(seen, seen_by_row(i), i), seen)
+    if prefill:
+        new_k = padded(new["k"]).transpose(1, 2, 0)  # [kv_heads, key_dim, P + T + P]
+        new_v = padded(new["v"]).swapaxes(0, 1) if "v" in new else None
+        first = (e.num_decode + row_tile - 1) // row_tile
+        seen = lax.fori_loop(first, e.num_tiles, lambda i, seen: keep(seen, seen_by_tile(i), i * row_tile), seen)
+    own_v = new["v"] if "v" in new else new["k"][..., :value_dim]
+    out = map_tiles(_finish, tile, e.num_tiles, *seen, grouped, new["k"][:, :, None], own_v[:, :, None])
+    return out.reshape(rows, heads, value_dim)
 
 
 def write(cache: Cache, new: Cache, position: jax.Array, page: jax.Array) -> Cache:

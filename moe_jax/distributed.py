@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 from jax._src import cache_key, distributed, xla_bridge
-from jax._src.lib import _jax
+from jax._src.lib import _jax  # type: ignore[attr-defined]
 
 _CPU_FLAGS = "--xla_cpu_multi_thread_eigen=false"
 
@@ -47,12 +47,13 @@ def connect(address: str, rank: int, num_nodes: int, init_timeout_s: int = 120, 
     jax.config.update("jax_enable_recoverability", True)
     state = distributed.global_state
     state.process_id, state.num_processes, state.coordinator_address = rank, num_nodes, address
-    state.client = _jax.get_distributed_runtime_client(
+    client = _jax.get_distributed_runtime_client(
         address, rank, init_timeout=init_timeout_s, use_compression=True, heartbeat_timeout=heartbeat_s,
         shutdown_on_destruction=False,
     )
-    state.client.connect()
-    return state.client
+    client.connect()
+    state.client = client
+    return client
 
 
 def live_nodes(client: Any, ranks: list[int]) -> list[int]:

@@ -32,8 +32,13 @@ class Run:
     prefill: bool
     deterministic: bool
 
+    @property
+    def tile(self) -> int | None:
+        """For `map_tiles`."""
+        return self.row_tile if self.deterministic else None
+
     def tiles(self, f: Any, count: jax.Array, *rows: Any) -> Any:
-        return map_tiles(f, self.row_tile if self.deterministic else None, count, *rows)
+        return map_tiles(f, self.tile, count, *rows)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -101,7 +106,7 @@ def layer(
     qkv = project_latent if c.latent else project
     q, new = run.tiles(lambda x, position: qkv(c, p, x, position), e.num_tiles, x, position)
     value_dim = c.latent.kv_rank if c.latent else c.head_dim
-    a = attend(q, new, cache, index, position, e, value_dim, run.row_tile, run.prefill)
+    a = attend(q, new, cache, index, position, e, value_dim, run.tile, run.row_tile, run.prefill)
 
     def after_attention(x: jax.Array, a: jax.Array) -> Any:
         if c.latent:

@@ -21,6 +21,7 @@ import tensorstore as ts
 
 from moe_jax.config import ModelConfig
 from moe_jax.params import Param, iterate
+from moe_jax.scratch import scratch
 from moe_jax.tensor_file import CheckpointError
 
 MARKER = "serving.json"
@@ -35,9 +36,6 @@ class OrbaxCheckpoint:
         self.config = config
         self._path = path
         self._arrays: dict[tuple[str, int], ts.TensorStore] = {}
-        # Each of TensorStore's threads keeps some megabytes of buffers that it has freed.
-        limit = {"limit": 2}
-        self._context = ts.Context({"file_io_concurrency": limit, "data_copy_concurrency": limit})
         try:
             found = json.loads((path / MARKER).read_text())
         except (OSError, ValueError):
@@ -51,7 +49,9 @@ class OrbaxCheckpoint:
     def read(self, path: tuple[Any, ...], param: Param, layer: int, expert: int | None) -> np.ndarray:
         store = self._open(path, param, layer)
         try:
-            array = (store if expert is None else store[expert]).read().result()
+            part = store if expert is None else store[expert]
+            array = scratch(part.shape, part.dtype.numpy_dtype)
+            ts.array(array, copy=False).write(part).result()
         except ValueError as e:
             raise CheckpointError(f"{self._where(path, layer)}: damaged: {' '.join(str(e).split())[:200]}") from None
         if param.float32 and not np.isfinite(array).all():
@@ -75,7 +75,7 @@ class OrbaxCheckpoint:
             }
             expected = (self.config.num_experts, *param.shape) if param.expert else param.shape
             try:
-                store = ts.open(spec, open=True, read=True, context=self._context).result()
+                store = ts.open(spec, open=True, read=True).result()
             except ValueError as e:
                 reason = " ".join(str(e).split())[:200]
                 raise CheckpointError(

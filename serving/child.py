@@ -1,36 +1,44 @@
-"""A child process with a channel to it and a log, which never outlives the process that started it."""
+"""A child process with a channel to it and a log. It ends with the process that started it (serving.inbox).
+
+The log is a file without a name, so that nothing is left behind however this ends; /proc/PID/fd/2 shows it meanwhile.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from serving.channel import Channel
 
-_TAIL = 2000  # characters of the log in an error
+_TAIL = 2000  # bytes of the log in an error
 
 
 class Child:
     """`python -m MODULE ARGUMENTS`, where "{fd}" among the arguments becomes the number of its end of the channel."""
 
     def __init__(
-        self, name: str, module: str, arguments: Sequence[str], environ: Mapping[str, str], log: Path, timeout: float
+        self, name: str, module: str, arguments: Sequence[str], environ: Mapping[str, str], timeout: float
     ) -> None:
-        """`name` is for errors. `timeout`: seconds that a send may take. Output of the child goes to the file `log`."""
-        self.name, self._log = name, log
+        """`name` is for errors. `timeout`: seconds that a send may take."""
+        self.name, self._log = name, tempfile.TemporaryFile()  # noqa: SIM115
+        # Appending, the child may cut it short at any time.
+        fcntl.fcntl(self._log, fcntl.F_SETFL, fcntl.fcntl(self._log, fcntl.F_GETFL) | os.O_APPEND)
         self.channel, theirs = Channel.pair(timeout)
         command = [a.replace("{fd}", str(theirs.fileno())) for a in arguments]
-        with theirs, log.open("ab") as out:
+        with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, *command],  # -P: what lies in the working directory is not ours
                 stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
+                stdout=self._log,
+                stderr=self._log,
                 env=dict(environ),
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # a Ctrl-C in the terminal is for the parent to handle
@@ -68,10 +76,10 @@ class Child:
         return f"{text}\nthe end of its log:\n{tail}" if tail else f"{text}; its log is empty"
 
     def log_tail(self) -> str:
-        with contextlib.suppress(OSError), self._log.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - _TAIL))
-            return file.read().decode(errors="replace").strip()
-        return ""
+        """The last lines of what it wrote."""
+        fd = self._log.fileno()
+        size = os.fstat(fd).st_size
+        return os.pread(fd, _TAIL, max(0, size - _TAIL)).decode(errors="replace").strip()
 
 
 def end(children: Sequence[Child], patience: float = 2.0) -> None:

@@ -86,7 +86,7 @@ class EngineLoop:
             at_once = max(1, SCORE_BYTES // (4 * rows.shape[1]))
             for i in range(0, len(rows), at_once):
                 part = np.ascontiguousarray(rows[i : i + at_once], np.float32)
-                self._send({"type": "score", "number": number, "shape": part.shape}, memoryview(part).cast("B"))
+                self._send({"type": "score", "number": number, "shape": part.shape}, part.tobytes())
         job.rows.clear()
         if not job.sequence.remaining:
             del self._scores[number]

@@ -52,7 +52,7 @@ def serve(rank: int, channel: Channel, inbox: Inbox) -> None:
     slots = primary_slots(model.num_experts, len(ranks), config.slots_for(model.num_experts))
     slot_experts = np.stack([slots] * model.num_moe_layers, axis=1)
 
-    def load(position: int, device: jax.Device) -> Any:
+    def load(position: int, device: Any) -> Any:
         return load_params(checkpoint, slot_experts[position], device, config.dtype)
 
     joined = time.monotonic()

@@ -90,7 +90,7 @@ def with_packages(environ: Mapping[str, str]) -> dict[str, str]:
 def compilation_cache(platform: Platform, directory: str | Path | None, environ: Mapping[str, str]) -> Path:
     """Where compiled programs are kept: `directory`, $MOE_JAX_CACHE, or ~/.cache/moe-jax/xla.
 
-    Programs for a CPU lie in a directory of that kind of CPU: they hold its instructions, and JAX's key does not say so.
+    Programs for a CPU lie in a directory of that kind of CPU: they hold its instructions, which JAX's key leaves out.
     """
     root = Path(directory or environ.get("MOE_JAX_CACHE") or "~/.cache/moe-jax/xla").expanduser()
     return root / f"cpu-{_cpu_kind()}" if platform == "cpu" else root

@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import os
 import select
-import tempfile
 import time
 import warnings
 import weakref
@@ -206,7 +205,8 @@ class ClusterBackend:
     def _start(self, start: dict[str, Any], environments: list[dict[str, str]], deadline: float) -> None:
         cluster, size = self._cluster, len(environments)
         for r, environ in enumerate(environments):  # first: they import while the service starts
-            self._ranks.append(Rank(cluster.add(f"rank {r}", "serving.engine_process", [str(r), "{fd}"], environ, self._stall)))
+            engine = cluster.add(f"rank {r}", "serving.engine_process", [str(r), "{fd}"], environ, self._stall)
+            self._ranks.append(Rank(engine))
         environ = with_packages({**os.environ, "JAX_PLATFORMS": "cpu"})
         service = cluster.add("JAX service", "serving.jax_service", ["{fd}", str(size)], environ, self._stall)
         self._service = Rank(service)
@@ -256,8 +256,10 @@ class ClusterBackend:
             silent = self._heard + self._stall - now
             if doing is None and silent <= 0:
                 self._fail(None, f"no step was done for {self._stall:g} s while work is waiting")
-            limits = [x for x in (left, silent if doing is None else None) if x is not None]
-            self._receive(max(0.0, min(limits)))
+            asked = max(0.0, min(x for x in (left, silent if doing is None else None) if x is not None))
+            self._receive(asked)
+            if time.monotonic() - now > asked + 1:
+                self._heard = time.monotonic()  # this process stood still itself, and can judge nobody
 
     def _receive(self, timeout: float) -> None:
         """Take in what has arrived, waiting up to `timeout` seconds for something."""
@@ -338,7 +340,9 @@ class ClusterBackend:
         """
         children = self._cluster.children
         deadline = time.monotonic() + _SETTLE
-        while time.monotonic() < deadline and not any(c.killed for c in children) and not all(c.ended for c in children):
+        while not any(c.killed for c in children) and not all(c.ended for c in children):
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.01)
         culprit = next((c for c in children if c.killed or c.stopped), witness)
         if culprit is None:
@@ -353,22 +357,19 @@ class ClusterBackend:
 
 
 class _Cluster:
-    """The processes and their logs. Apart from `ClusterBackend` so that a finalizer can hold it."""
+    """The processes, apart from `ClusterBackend` so that a finalizer can hold them."""
 
     def __init__(self) -> None:
         self.children: list[Child] = []
-        self._logs = tempfile.TemporaryDirectory(prefix="moe-jax-")
 
     def add(self, name: str, module: str, arguments: list[str], environ: dict[str, str], timeout: float) -> Child:
-        log = Path(self._logs.name) / f"{name.replace(' ', '-')}.log"
-        self.children.append(Child(name, module, arguments, environ, log, timeout))
+        self.children.append(Child(name, module, arguments, environ, timeout))
         return self.children[-1]
 
     def close(self, owner: int) -> None:
         """End all, in the process `owner` that started them."""
         if os.getpid() == owner:
             end(self.children)
-            self._logs.cleanup()
 
 
 @contextlib.contextmanager
@@ -391,7 +392,7 @@ def _cache_lock(directory: Path, deadline: float) -> Iterator[Path | None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"{directory}: in use by another cluster that is starting; waited in vain") from None
+                    raise RuntimeError(f"{directory}: in use by another cluster that is starting") from None
                 time.sleep(0.05)
         yield directory
 

@@ -20,7 +20,8 @@ def pack_request(number: int, request: Request) -> dict[str, Any]:
 
 def unpack_request(packed: dict[str, Any]) -> Request:
     """Its request_id is the number. The fields are checked again as they are built."""
-    return Request(**packed | {"params": SamplingParams(**packed["params"])})
+    fields: dict[str, Any] = packed | {"params": SamplingParams(**packed["params"])}
+    return Request(**fields)
 
 
 def pack_event(event: TokenEvent) -> PackedEvent:

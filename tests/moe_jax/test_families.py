@@ -49,7 +49,7 @@ class TestLogProbs:
             from moe_jax import LLM
         except ImportError:
             pytest.skip("moe_jax.LLM is not there yet")
-        llm = LLM(model=str(model), hosts=1)
+        llm = LLM(model=str(model), hosts=1, max_batch=16, max_prefill_rows=16, max_model_len=128, num_pages=16)
         try:
             found = llm.score(IDS)
         finally:
