@@ -38,8 +38,9 @@ $(SET_UP):
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# One stamp for each set of extras.
+# One stamp for each set of extras; "demo" needs none.
+$(SET_UP)-%: EXTRAS = $(patsubst %,[%],$(filter-out demo,$*))
 $(SET_UP)-%: pyproject.toml constraints.txt | $(SET_UP)
-	@echo 'Installing moe-jax[$(filter-out demo,$*)] into $(VENV): a few minutes the first time'
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[$(filter-out demo,$*)]'
+	@echo 'Installing moe-jax$(EXTRAS) into $(VENV): minutes the first time'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.$(EXTRAS)'
 	@touch '$@'

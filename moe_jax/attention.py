@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.config import EngineConfig, ModelConfig
+from moe_jax.reduce import ordered_max, ordered_sum
 from moe_jax.tiles import map_tiles
 
 Cache = dict[str, jax.Array]
+DECODE_ROWS = 8  # decode rows that visit their pages together: fewer operations against pages visited in vain
 MASKED = -1e30  # finite, so that a row with nothing to see stays finite
 
 
@@ -48,30 +50,34 @@ def cache_shapes(model: ModelConfig, engine: EngineConfig) -> dict[str, tuple[in
 
 
 class _State(NamedTuple):
-    """Online softmax of the rows of one sequence: maximum, sum of exponentials, weighted values."""
+    """Online softmax of the rows of n sequences: maximum, sum of exponentials, weighted values."""
 
-    m: jax.Array  # [kv_heads, rows]
-    l: jax.Array  # noqa: E741  [kv_heads, rows]
-    acc: jax.Array  # [kv_heads, rows, value_dim]
+    m: jax.Array  # [n, kv_heads, rows]
+    l: jax.Array  # noqa: E741  [n, kv_heads, rows]
+    acc: jax.Array  # [n, kv_heads, rows, value_dim]
 
 
-def _visit(state: _State, q: jax.Array, k: jax.Array, v: jax.Array, j: jax.Array, own: jax.Array) -> _State:
-    """One page: what rows at positions own [rows] see of positions j [P], those strictly before their own.
+def _visit(
+    state: _State, q: jax.Array, k: list[jax.Array], v: list[jax.Array], j: jax.Array, own: jax.Array
+) -> _State:
+    """A page each: what rows at positions own [n, rows] see of positions j [P], those strictly before their own.
 
-    q [kv_heads, rows, key_dim] scaled; k [kv_heads, key_dim, P]; v [kv_heads, P, value_dim].
+    q [n, kv_heads, rows, key_dim] scaled; n times k [kv_heads, key_dim, P] and v [kv_heads, P, value_dim]. Pages come one
+    by one because a product and sum then reads them where they lie; all else is done for the n together.
     """
-    s = (q[..., None] * k[:, None]).sum(-2, dtype=jnp.float32)
-    s = jnp.where(j < own[:, None], s, MASKED)
-    m = jnp.maximum(state.m, s.max(-1))
-    p = jnp.where(j < own[:, None], jnp.exp(s - m[..., None]), 0)
+    seen = (j < own[..., None])[:, None]
+    s = jnp.stack([ordered_sum((q[i, ..., None] * k[i][:, None]).astype(jnp.float32), -2) for i in range(len(k))])
+    s = jnp.where(seen, s, MASKED)
+    m = jnp.maximum(state.m, ordered_max(s, -1))
+    p = jnp.where(seen, jnp.exp(s - m[..., None]), 0)
     keep = jnp.exp(state.m - m)
-    pv = (p[..., None] * v[:, None]).sum(-2, dtype=jnp.float32)
-    return _State(m, state.l * keep + p.sum(-1), state.acc * keep[..., None] + pv)
+    pv = jnp.stack([ordered_sum(p[i, ..., None] * v[i][:, None].astype(jnp.float32), -2) for i in range(len(v))])
+    return _State(m, state.l * keep + ordered_sum(p, -1), state.acc * keep[..., None] + pv)
 
 
 def _finish(m: jax.Array, l: jax.Array, acc: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # noqa: E741
     """The last step of every row, which adds the row itself. All [T, kv_heads, groups, ...], k and v with groups 1."""
-    s = (q * k).sum(-1, dtype=jnp.float32)
+    s = ordered_sum((q * k).astype(jnp.float32), -1)
     top = jnp.maximum(m, s)
     p, keep = jnp.exp(s - top), jnp.exp(m - top)
     return ((acc * keep[..., None] + p[..., None] * v) / (l * keep + p)[..., None]).astype(q.dtype)
@@ -97,6 +103,7 @@ def attend(
     page_size, kv_heads = cache["k"].shape[-1], cache["k"].shape[2]
     groups = heads // kv_heads
     within = jnp.arange(page_size)
+    n = DECODE_ROWS
     grouped = q.reshape(rows, kv_heads, groups, key_dim)
 
     def cached(name: str, page: jax.Array) -> jax.Array:
@@ -108,19 +115,20 @@ def attend(
             return cached("v", page)
         return lax.optimization_barrier(k[:, :value_dim].swapaxes(1, 2))
 
-    def start_state(n: int) -> _State:
-        shape = (kv_heads, n)
+    def start_state(n: int, r: int) -> _State:
+        shape = (n, kv_heads, r)
         return _State(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
 
-    def seen_by_row(i: jax.Array) -> _State:
-        """What decode row i, which is entry i, sees of its pages."""
-        own, table, row_q = position[i], e.tables[i], grouped[i]
+    def seen_by_rows(i: jax.Array) -> _State:
+        """What DECODE_ROWS decode rows, which are entries of the same numbers, see of their pages."""
+        own, tables, rows_q = (lax.dynamic_slice_in_dim(x, i * n, n) for x in (position, e.tables, grouped))
 
         def page(p: jax.Array, state: _State) -> _State:
-            k = cached("k", table[p])
-            return _visit(state, row_q, k, values(k, table[p]), p * page_size + within, own[None])
+            k = [cached("k", tables[r, p]) for r in range(n)]
+            v = [values(k[r], tables[r, p]) for r in range(n)]
+            return _visit(state, rows_q, k, v, p * page_size + within, own[:, None])
 
-        return lax.fori_loop(0, (own + page_size - 1) // page_size, page, start_state(groups))
+        return lax.fori_loop(0, (own.max() + page_size - 1) // page_size, page, start_state(n, groups))
 
     def padded(x: jax.Array) -> jax.Array:  # so that a page's worth may be cut anywhere around an entry's rows
         return jnp.pad(x, ((page_size, page_size), (0, 0), (0, 0)))
@@ -130,12 +138,12 @@ def attend(
         entry = e.tile_entry[i]
         start, table = e.start[entry], e.tables[entry]
         tile_q = lax.dynamic_slice_in_dim(grouped, i * row_tile, row_tile)
-        tile_q = tile_q.transpose(1, 2, 0, 3).reshape(kv_heads, groups * row_tile, key_dim)
-        own = jnp.tile(lax.dynamic_slice_in_dim(position, i * row_tile, row_tile), groups)
+        tile_q = tile_q.transpose(1, 2, 0, 3).reshape(1, kv_heads, groups * row_tile, key_dim)
+        own = jnp.tile(lax.dynamic_slice_in_dim(position, i * row_tile, row_tile), groups)[None]
 
         def old_page(p: jax.Array, state: _State) -> _State:
             k = cached("k", table[p])
-            return _visit(state, tile_q, k, values(k, table[p]), p * page_size + within, own)
+            return _visit(state, tile_q, [k], [values(k, table[p])], p * page_size + within, own)
 
         def mixed_page(p: jax.Array, state: _State) -> _State:
             j = p * page_size + within
@@ -144,28 +152,30 @@ def attend(
             v = values(k, table[p])
             if new_v is not None:
                 v = jnp.where((j >= start)[:, None], lax.dynamic_slice_in_dim(new_v, at, page_size, 1), v)
-            return _visit(state, tile_q, k, v, j, own)
+            return _visit(state, tile_q, [k], [v], j, own)
 
-        state = lax.fori_loop(0, start // page_size, old_page, start_state(groups * row_tile))
+        state = lax.fori_loop(0, start // page_size, old_page, start_state(1, groups * row_tile))
         return lax.fori_loop(start // page_size, (own.max() + page_size - 1) // page_size, mixed_page, state)
 
     def keep(seen: _State, state: _State, at: jax.Array) -> _State:
-        """Put the state of n rows [kv_heads, groups * n, ...] into that of all [T, kv_heads, groups, ...]."""
+        """Put a state into that of all rows [T, kv_heads, groups, ...]."""
+        return jax.tree.map(lambda all_rows, x: lax.dynamic_update_slice_in_dim(all_rows, x, at, 0), seen, state)
 
-        def put(all_rows: jax.Array, x: jax.Array) -> jax.Array:
-            x = x.reshape(kv_heads, groups, -1, *x.shape[2:])
-            return lax.dynamic_update_slice_in_dim(all_rows, jnp.moveaxis(x, 2, 0), at, 0)
-
-        return jax.tree.map(put, seen, state)
+    def by_row(x: jax.Array) -> jax.Array:  # a tile's [1, kv_heads, groups * row_tile, ...] as [row_tile, kv_heads, groups, ...]
+        return jnp.moveaxis(x[0].reshape(kv_heads, groups, row_tile, *x.shape[3:]), 2, 0)
 
     shape = (rows, kv_heads, groups)
     seen = _State(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
-    seen = lax.fori_loop(0, e.num_decode, lambda i, seen: keep(seen, seen_by_row(i), i), seen)
+    seen = lax.fori_loop(0, (e.num_decode + n - 1) // n, lambda i, seen: keep(seen, seen_by_rows(i), i * n), seen)
     if prefill:
         new_k = padded(new["k"]).transpose(1, 2, 0)  # [kv_heads, key_dim, P + T + P]
         new_v = padded(new["v"]).swapaxes(0, 1) if "v" in new else None
         first = (e.num_decode + row_tile - 1) // row_tile
-        seen = lax.fori_loop(first, e.num_tiles, lambda i, seen: keep(seen, seen_by_tile(i), i * row_tile), seen)
+
+        def one_tile(i: jax.Array, seen: _State) -> _State:
+            return keep(seen, jax.tree.map(by_row, seen_by_tile(i)), i * row_tile)
+
+        seen = lax.fori_loop(first, e.num_tiles, one_tile, seen)
     own_v = new["v"] if "v" in new else new["k"][..., :value_dim]
     out = map_tiles(_finish, tile, e.num_tiles, *seen, grouped, new["k"][:, :, None], own_v[:, :, None])
     return out.reshape(rows, heads, value_dim)

@@ -6,23 +6,34 @@ Private names and where they were seen: `jax._src.distributed.global_state` and 
 """
 
 import os
+import warnings
 from typing import Any
 
 import jax
 from jax._src import cache_key, distributed, xla_bridge
 from jax._src.lib import _jax  # type: ignore[attr-defined]
 
-_CPU_FLAGS = "--xla_cpu_multi_thread_eigen=false"
+# Same bits for every batch: products on one thread, so that their summation order does not depend on the machine; and
+# sums in XLA's own loops, in order, where XLA would hand them to a library that chooses an order by shape.
+_CPU_FLAGS = {"xla_cpu_multi_thread_eigen": "false", "xla_cpu_experimental_ynn_fusion_type": "individual_dot"}
 
 
 def set_cpu_devices(count: int) -> None:
-    """Before JAX is first used: `count` virtual devices if it runs on CPU, and products on one thread, so that their
-    summation order does not depend on the machine. Afterwards nothing can be changed, and nothing is done."""
-    if xla_bridge.backends_are_initialized():
-        return
+    """Before JAX is first used: `count` virtual devices if it runs on CPU, and the flags that deterministic mode needs.
+
+    Afterwards nothing can be changed: warns if the flags are missing.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_cpu_multi_thread_eigen" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_CPU_FLAGS}".strip()
+    missing = [f"--{name}={value}" for name, value in _CPU_FLAGS.items() if name not in flags]
+    if xla_bridge.backends_are_initialized():
+        if missing and jax.default_backend() == "cpu":
+            warnings.warn(
+                "JAX was used before moe_jax could set its flags, so a request's bits may depend on its batch. "
+                f"Make the LLM first, or set XLA_FLAGS={' '.join(missing)!r}",
+                stacklevel=2,
+            )
+        return
+    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
     if count > 1:
         jax.config.update("jax_num_cpu_devices", count)
 

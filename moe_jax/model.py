@@ -15,9 +15,11 @@ from jax import lax
 from moe_jax.attention import Cache, Entries, attend
 from moe_jax.config import ModelConfig, Rope
 from moe_jax.moe import Dispatch, moe, route
+from moe_jax.reduce import ordered_sum
 from moe_jax.tiles import map_tiles
 
 Params = dict[str, Any]
+Turn = tuple[jax.Array, jax.Array]  # `rotary`
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,19 @@ class Run:
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Over the last axis, in float32 (Zhang and Sennrich 2019)."""
     f = x.astype(jnp.float32)
-    return (f * lax.rsqrt((f * f).mean(-1, keepdims=True) + eps)).astype(x.dtype) * weight
+    return (f * lax.rsqrt(ordered_sum(f * f, -1)[..., None] / f.shape[-1] + eps)).astype(x.dtype) * weight
 
 
-def rotate(x: jax.Array, position: jax.Array, rope: Rope) -> jax.Array:
-    """Rotary embedding of x [n, heads, dim] at position [n]. Interleaved pairs come out de-interleaved, in queries and
-    keys alike, which leaves their products as they are."""
+def rotary(position: jax.Array, rope: Rope) -> Turn:
+    """cos and sin [n, 1, dim / 2] at positions [n]."""
     angle = position[:, None].astype(jnp.float32) * np.asarray(rope.inverse_frequencies(), np.float32)
-    cos, sin = (f(angle)[:, None] * rope.attention_factor for f in (jnp.cos, jnp.sin))
+    return jnp.cos(angle)[:, None] * rope.attention_factor, jnp.sin(angle)[:, None] * rope.attention_factor
+
+
+def rotate(x: jax.Array, turn: Turn, rope: Rope) -> jax.Array:
+    """Rotary embedding of x [n, heads, dim]. Interleaved pairs come out de-interleaved, in queries and keys alike, which
+    leaves their products as they are."""
+    cos, sin = turn
     f = x.astype(jnp.float32)
     a, b = (f[..., 0::2], f[..., 1::2]) if rope.interleaved else jnp.split(f, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -62,7 +69,7 @@ def swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
     return (jax.nn.silu(gate) * up) @ down
 
 
-def project(c: ModelConfig, p: Params, x: jax.Array, position: jax.Array) -> tuple[jax.Array, Cache]:
+def project(c: ModelConfig, p: Params, x: jax.Array, turn: Turn) -> tuple[jax.Array, Cache]:
     """Scaled queries [n, heads, head_dim] and the rows' new keys and values, grouped-query attention."""
     n = x.shape[0]
     h = rms_norm(x, p["attn_norm"], c.rms_norm_eps) @ p["qkv"] + p.get("qkv_bias", 0)
@@ -74,10 +81,10 @@ def project(c: ModelConfig, p: Params, x: jax.Array, position: jax.Array) -> tup
     q, k, v = (a.reshape(n, -1, c.head_dim) for a in (q, k, v))
     if c.qk_norm == "head":
         q, k = rms_norm(q, p["q_norm"], c.rms_norm_eps), rms_norm(k, p["k_norm"], c.rms_norm_eps)
-    return rotate(q, position, c.rope) * c.attention_scale, {"k": rotate(k, position, c.rope), "v": v}
+    return rotate(q, turn, c.rope) * c.attention_scale, {"k": rotate(k, turn, c.rope), "v": v}
 
 
-def project_latent(c: ModelConfig, p: Params, x: jax.Array, position: jax.Array) -> tuple[jax.Array, Cache]:
+def project_latent(c: ModelConfig, p: Params, x: jax.Array, turn: Turn) -> tuple[jax.Array, Cache]:
     """The same with latent attention, absorbed: queries [n, heads, kv_rank + rope_dim] meet the latent itself."""
     m = c.latent
     assert m is not None
@@ -91,20 +98,20 @@ def project_latent(c: ModelConfig, p: Params, x: jax.Array, position: jax.Array)
     latent, k_rope = jnp.split(h @ p["kv_a"] + p.get("kv_a_bias", 0), [m.kv_rank], axis=-1)
     latent = rms_norm(latent, p["kv_a_norm"], 1e-6)  # 1e-6 whatever the config says, as in the original
     q_latent = jnp.einsum("nhd,hdr->nhr", q[..., : m.nope_dim], p["k_up"])
-    q_rope = rotate(q[..., m.nope_dim :], position, c.rope)
-    k = jnp.concatenate([latent[:, None], rotate(k_rope[:, None], position, c.rope)], axis=-1)
+    q_rope = rotate(q[..., m.nope_dim :], turn, c.rope)
+    k = jnp.concatenate([latent[:, None], rotate(k_rope[:, None], turn, c.rope)], axis=-1)
     return jnp.concatenate([q_latent, q_rope], axis=-1) * c.attention_scale, {"k": k}
 
 
 def layer(
     run: Run, p: Params, experts: Params | None, table: jax.Array, x: jax.Array, index: jax.Array, within: jax.Array,
-    cache: Cache, e: Entries, position: jax.Array, real: jax.Array
+    cache: Cache, e: Entries, position: jax.Array, turn: Turn, real: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """One layer over the rows x [T, H]; real [T] tells rows from padding. `index` counts the model's layers, `within`
     the segment's. experts and table are the segment's. Returns x and the layer's new keys and values."""
     c = run.model
     qkv = project_latent if c.latent else project
-    q, new = run.tiles(lambda x, position: qkv(c, p, x, position), e.num_tiles, x, position)
+    q, new = run.tiles(lambda x, turn: qkv(c, p, x, turn), e.num_tiles, x, turn)
     value_dim = c.latent.kv_rank if c.latent else c.head_dim
     a = attend(q, new, cache, index, position, e, value_dim, run.tile, run.row_tile, run.prefill)
 
@@ -137,6 +144,7 @@ def forward(
     """token, position, real [T]; table [moe layers, E, R]. Returns the last hidden states [T, H], before the final
     norm, and the new keys and values [layers, T, kv_heads, dim]."""
     x = params["embed"][token].astype(run.dtype)
+    turn = rotary(position, run.model.rope)
     news, first_moe = [], 0
     for p, (has_experts, first, layers) in zip(params["segments"], run.model.segments, strict=True):
         # Expert weights are cut out of their stack where they are used: scanned, every slot would be copied.
@@ -147,7 +155,7 @@ def forward(
 
         def body(x: jax.Array, scanned: Any, experts: Any = experts, tables: jax.Array = tables, first: int = first) -> Any:
             p, within = scanned
-            return layer(run, p, experts, tables, x, first + within, within, cache, e, position, real)
+            return layer(run, p, experts, tables, x, first + within, within, cache, e, position, turn, real)
 
         x, new = lax.scan(body, x, (rest, jnp.arange(layers)))
         news.append(new)

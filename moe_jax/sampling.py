@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.reduce import ordered_max, ordered_sum
 from moe_jax.request import MAX_LOGPROBS
 
-_WIDTH = 64  # rows are reduced as [V / 64, 64]: vectorised, and in the same order for every batch
+_WIDTH = 64  # rows are reduced as [V / 64, 64], which is vectorised
+_BLOCK = 32 * _WIDTH  # and padded so that `ordered_sum` finds divisors
 
 
 class SampleParams(NamedTuple):
@@ -49,23 +51,22 @@ def gumbel(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
 
 def _folded(x: jax.Array, fill: float) -> jax.Array:
     rows, vocab = x.shape
-    return jnp.pad(x, ((0, 0), (0, -vocab % _WIDTH)), constant_values=fill).reshape(rows, -1, _WIDTH)
+    return jnp.pad(x, ((0, 0), (0, -vocab % _BLOCK)), constant_values=fill).reshape(rows, -1, _WIDTH)
 
 
 def row_max(x: jax.Array) -> jax.Array:
-    return _folded(x, -jnp.inf).max(1).max(1)
+    return ordered_max(ordered_max(_folded(x, -jnp.inf), 1), 1)
 
 
 def row_sum(x: jax.Array) -> jax.Array:
-    return _folded(x, 0).sum(1).sum(1)
+    return ordered_sum(ordered_sum(_folded(x, 0), 1), 1)
 
 
 def row_argmax(x: jax.Array) -> jax.Array:
     """The lowest index of the greatest value; 0 if there is none (NaN)."""
     vocab = x.shape[1]
     index = jnp.where(x >= row_max(x)[:, None], jnp.arange(vocab, dtype=jnp.int32), vocab)
-    folded = jnp.pad(index, ((0, 0), (0, -vocab % _WIDTH)), constant_values=vocab).reshape(x.shape[0], -1, _WIDTH)
-    best = folded.min(1).min(1)
+    best = -ordered_max(ordered_max(_folded(-index, -vocab), 1), 1)
     return jnp.where(best < vocab, best, 0)
 
 

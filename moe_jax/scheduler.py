@@ -288,6 +288,10 @@ class Scheduler:
             if plan.decode_rows < rows and sequence.remaining == 1 and self._grow(sequence, 1):
                 self._place(plan, sequence, 1, plan.decode_rows, is_decode=True)
                 plan.decode_rows += 1
+        # Neighbours visit their pages together, so sequences of like length belong together.
+        plan.entries.sort(key=lambda e: e.start)
+        for row, entry in enumerate(plan.entries):
+            entry.first_row = row
         plan.rows = ceil_div(plan.decode_rows, limits.row_tile) * limits.row_tile
         if prefill:
             self._schedule_prefill(plan, min(rows, plan.rows + limits.max_prefill_rows))

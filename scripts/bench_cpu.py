@@ -272,12 +272,13 @@ def add_self_times(spent: dict[str, float], events: Any) -> None:
     for event in sorted(events, key=lambda e: (e.start_ns, -e.duration_ns)):
         while stack and stack[-1][0] <= event.start_ns:
             stack.pop()
+        name = operation(event)
+        if name is None:
+            continue
         if stack:
             spent[stack[-1][1]] -= event.duration_ns / 1e9
-        name = operation(event)
-        if name is not None:
-            spent[name] += event.duration_ns / 1e9
-            stack.append((event.start_ns + event.duration_ns, name))
+        spent[name] += event.duration_ns / 1e9
+        stack.append((event.start_ns + event.duration_ns, name))
 
 
 def operation(event: Any) -> str | None:

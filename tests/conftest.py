@@ -4,15 +4,15 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
 
 import jax
 from hypothesis import settings
 
+from moe_jax.distributed import set_cpu_devices
 from serving.environment import compilation_cache
 
 # `LLM(ranks_per_host=n)` can ask for devices only before JAX is first used: the first test would decide for all.
-jax.config.update("jax_num_cpu_devices", 4)
+set_cpu_devices(4)
 jax.devices()
 
 # Each LLM compiles anew what another of the same shape has compiled. A program from here still counts as compiled.
