@@ -57,13 +57,11 @@ class _State(NamedTuple):
     acc: jax.Array  # [n, kv_heads, rows, value_dim]
 
 
-def _visit(
-    state: _State, q: jax.Array, k: list[jax.Array], v: list[jax.Array], j: jax.Array, own: jax.Array
-) -> _State:
+def _visit(state: _State, q: jax.Array, k: list[jax.Array], v: list[jax.Array], j: jax.Array, own: jax.Array) -> _State:
     """A page each: what rows at positions own [n, rows] see of positions j [P], those strictly before their own.
 
-    q [n, kv_heads, rows, key_dim] scaled; n times k [kv_heads, key_dim, P] and v [kv_heads, P, value_dim]. Pages come one
-    by one because a product and sum then reads them where they lie; all else is done for the n together.
+    q [n, kv_heads, rows, key_dim] scaled; n times k [kv_heads, key_dim, P] and v [kv_heads, P, value_dim]. Pages come
+    one by one because a product and sum then reads them where they lie; all else is done for the n together.
     """
     seen = (j < own[..., None])[:, None]
     s = jnp.stack([ordered_sum((q[i, ..., None] * k[i][:, None]).astype(jnp.float32), -2) for i in range(len(k))])
@@ -161,7 +159,9 @@ def attend(
         """Put a state into that of all rows [T, kv_heads, groups, ...]."""
         return jax.tree.map(lambda all_rows, x: lax.dynamic_update_slice_in_dim(all_rows, x, at, 0), seen, state)
 
-    def by_row(x: jax.Array) -> jax.Array:  # a tile's [1, kv_heads, groups * row_tile, ...] as [row_tile, kv_heads, groups, ...]
+    def by_row(
+        x: jax.Array,
+    ) -> jax.Array:  # a tile's [1, kv_heads, groups * row_tile, ...] as [row_tile, kv_heads, groups, ...]
         return jnp.moveaxis(x[0].reshape(kv_heads, groups, row_tile, *x.shape[3:]), 2, 0)
 
     shape = (rows, kv_heads, groups)

@@ -364,7 +364,9 @@ class EngineConfig:
         if self.slots is None:
             return fewest
         if self.slots < fewest:
-            raise ConfigError(f"slots {self.slots}: {num_experts} experts × {self.replication} need at least {fewest} a rank")
+            raise ConfigError(
+                f"slots {self.slots}: {num_experts} experts × {self.replication} need at least {fewest} a rank"
+            )
         return self.slots
 
     @property
@@ -373,7 +375,10 @@ class EngineConfig:
         decode = [self.row_tile]
         while decode[-1] < self.max_batch:
             decode.append(min(2 * decode[-1], self.max_batch))
-        prefill = {self.max_batch + min(self.max_prefill_rows, 2 * self.row_tile), self.max_batch + self.max_prefill_rows}
+        prefill = {
+            self.max_batch + min(self.max_prefill_rows, 2 * self.row_tile),
+            self.max_batch + self.max_prefill_rows,
+        }
         score = Bucket(max(prefill), True, score=True)
         return (*(Bucket(r, False) for r in decode), *(Bucket(r, True) for r in sorted(prefill)), score)
 

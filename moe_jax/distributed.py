@@ -59,7 +59,11 @@ def connect(address: str, rank: int, num_nodes: int, init_timeout_s: int = 120, 
     state = distributed.global_state
     state.process_id, state.num_processes, state.coordinator_address = rank, num_nodes, address
     client = _jax.get_distributed_runtime_client(
-        address, rank, init_timeout=init_timeout_s, use_compression=True, heartbeat_timeout=heartbeat_s,
+        address,
+        rank,
+        init_timeout=init_timeout_s,
+        use_compression=True,
+        heartbeat_timeout=heartbeat_s,
         shutdown_on_destruction=False,
     )
     client.connect()

@@ -61,7 +61,12 @@ class Engine:
         """slot_experts [ranks, moe layers, slots] int32; `load(mesh position, device)` gives a rank's parameters."""
         self.model, self.config, self.mesh = model, config, mesh
         limits = Limits(
-            config.page_size, config.num_pages, config.max_batch, config.max_prefill_rows, config.max_model_len, config.row_tile
+            config.page_size,
+            config.num_pages,
+            config.max_batch,
+            config.max_prefill_rows,
+            config.max_model_len,
+            config.row_tile,
         )
         self.ranks = [Rank(Scheduler(limits, config.prefix_caching)) for _ in mesh.local]
         self.buckets = config.buckets

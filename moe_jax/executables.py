@@ -29,7 +29,7 @@ class CompileCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, duration: float, **kwargs: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
@@ -49,7 +49,13 @@ class Executables:
     def run(self, bucket: Bucket) -> Run:
         e = self.engine
         return Run(
-            self.model, Dispatch(self.mesh.size), jnp.dtype(e.dtype), e.row_tile, e.expert_tile, bucket.prefill, e.deterministic
+            self.model,
+            Dispatch(self.mesh.size),
+            jnp.dtype(e.dtype),
+            e.row_tile,
+            e.expert_tile,
+            bucket.prefill,
+            e.deterministic,
         )
 
     def step(self, bucket: Bucket) -> Callable[..., Any]:
@@ -92,7 +98,13 @@ class Executables:
             layout = Layout(bucket, self.engine)
 
             @partial(jax.jit, donate_argnums=0)
-            @partial(jax.shard_map, mesh=self.mesh.mesh, in_specs=(STACKED, STACKED, SHARDED), out_specs=STACKED, check_vma=False)
+            @partial(
+                jax.shard_map,
+                mesh=self.mesh.mesh,
+                in_specs=(STACKED, STACKED, SHARDED),
+                out_specs=STACKED,
+                check_vma=False,
+            )
             def write(cache: attention.Cache, new: attention.Cache, batch: jax.Array) -> attention.Cache:
                 b = layout.unpack(batch[0])
                 return attention.write(cache, new, b.position, b.page)

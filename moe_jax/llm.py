@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,7 +100,9 @@ def engine_config(model: ModelConfig, ranks: int, platform: str, **options: Any)
     on_cpu = platform == "cpu"
     known.setdefault("max_model_len", min(model.max_position, 4096))
     if known["max_model_len"] > model.max_position:
-        raise ValueError(f"max_model_len: found {known['max_model_len']}, expected at most the model's {model.max_position}")
+        raise ValueError(
+            f"max_model_len: found {known['max_model_len']}, expected at most the model's {model.max_position}"
+        )
     known.setdefault("dtype", "float32" if on_cpu else "bfloat16")
     known.setdefault("deterministic", on_cpu)
     config = EngineConfig(ranks=ranks, **known)
@@ -270,7 +272,7 @@ class LLM:
 
 
 def _output(prompt: Prompt, stream: _Stream, reason: Any) -> RequestOutput:
-    logprobs: list[Mapping[int, float]] | None = stream.logprobs if stream.request.params.logprobs is not None else None
+    logprobs = stream.logprobs if stream.request.params.logprobs is not None else None
     completion = CompletionOutput(0, "".join(stream.text), stream.tokens, reason, logprobs, stream.cumulative)  # type: ignore[arg-type]
     text = prompt if isinstance(prompt, str) else None
     return RequestOutput(stream.request.request_id, text, list(stream.request.token_ids), [completion])

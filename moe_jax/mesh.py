@@ -53,7 +53,9 @@ class ExpertMesh:
 
     def put(self, arrays: list[np.ndarray], spec: P) -> jax.Array:
         """Send one numpy array to each local rank."""
-        return self.assemble([jax.device_put(a, self.devices[i]) for a, i in zip(arrays, self.local, strict=True)], spec)
+        return self.assemble(
+            [jax.device_put(a, self.devices[i]) for a, i in zip(arrays, self.local, strict=True)], spec
+        )
 
     def shards(self, array: jax.Array) -> list[jax.Array]:
         """The local ranks' buffers, in order of `local`."""

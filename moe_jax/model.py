@@ -1,7 +1,7 @@
 """The forward pass of one rank in one step, for every family.
 
-Runs inside `shard_map`: everything here is a rank's own, except what goes through `moe.Dispatch`. Families differ in the
-fields of ModelConfig; there is one body. Layers are scanned, so compile time does not grow with depth.
+Runs inside `shard_map`: everything here is a rank's own, except what goes through `moe.Dispatch`. Families differ in
+the fields of ModelConfig; there is one body. Layers are scanned, so compile time does not grow with depth.
 """
 
 from dataclasses import dataclass
@@ -56,8 +56,8 @@ def rotary(position: jax.Array, rope: Rope) -> Turn:
 
 
 def rotate(x: jax.Array, turn: Turn, rope: Rope) -> jax.Array:
-    """Rotary embedding of x [n, heads, dim]. Interleaved pairs come out de-interleaved, in queries and keys alike, which
-    leaves their products as they are."""
+    """Rotary embedding of x [n, heads, dim]. Interleaved pairs come out de-interleaved, in queries and keys alike,
+    which leaves their products as they are."""
     cos, sin = turn
     f = x.astype(jnp.float32)
     a, b = (f[..., 0::2], f[..., 1::2]) if rope.interleaved else jnp.split(f, 2, axis=-1)
@@ -104,8 +104,18 @@ def project_latent(c: ModelConfig, p: Params, x: jax.Array, turn: Turn) -> tuple
 
 
 def layer(
-    run: Run, p: Params, experts: Params | None, table: jax.Array, x: jax.Array, index: jax.Array, within: jax.Array,
-    cache: Cache, e: Entries, position: jax.Array, turn: Turn, real: jax.Array
+    run: Run,
+    p: Params,
+    experts: Params | None,
+    table: jax.Array,
+    x: jax.Array,
+    index: jax.Array,
+    within: jax.Array,
+    cache: Cache,
+    e: Entries,
+    position: jax.Array,
+    turn: Turn,
+    real: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """One layer over the rows x [T, H]; real [T] tells rows from padding. `index` counts the model's layers, `within`
     the segment's. experts and table are the segment's. Returns x and the layer's new keys and values."""
@@ -131,15 +141,30 @@ def layer(
         return after, new
     x, h, ids, weights = after
     y = moe(
-        h, jnp.where(real[:, None], ids, -1), weights, experts["experts_gate_up"], experts["experts_down"],
-        within, table[within], run.dispatch, run.expert_tile, spread=run.prefill, deterministic=run.deterministic,
+        h,
+        jnp.where(real[:, None], ids, -1),
+        weights,
+        experts["experts_gate_up"],
+        experts["experts_down"],
+        within,
+        table[within],
+        run.dispatch,
+        run.expert_tile,
+        spread=run.prefill,
+        deterministic=run.deterministic,
     )
     return x + y, new
 
 
 def forward(
-    run: Run, params: Params, table: jax.Array, cache: Cache, token: jax.Array, position: jax.Array, e: Entries,
-    real: jax.Array
+    run: Run,
+    params: Params,
+    table: jax.Array,
+    cache: Cache,
+    token: jax.Array,
+    position: jax.Array,
+    e: Entries,
+    real: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """token, position, real [T]; table [moe layers, E, R]. Returns the last hidden states [T, H], before the final
     norm, and the new keys and values [layers, T, kv_heads, dim]."""
@@ -153,7 +178,9 @@ def forward(
         tables = table[first_moe : first_moe + layers]
         first_moe += layers * has_experts
 
-        def body(x: jax.Array, scanned: Any, experts: Any = experts, tables: jax.Array = tables, first: int = first) -> Any:
+        def body(
+            x: jax.Array, scanned: Any, experts: Any = experts, tables: jax.Array = tables, first: int = first
+        ) -> Any:
             p, within = scanned
             return layer(run, p, experts, tables, x, first + within, within, cache, e, position, turn, real)
 

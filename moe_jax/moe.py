@@ -82,10 +82,10 @@ def moe(
 ) -> jax.Array:
     """The weighted sum of each row's experts, [T, H].
 
-    x [T, H]; ids, weights [T, C], ids -1 for padding; gate_up [L, S, H, 2 I], down [L, S, I, H] of this rank's S
-    slots in all layers with experts, of which this is number `layer`; table [E, R] of global slots, mesh position * S + slot. Deterministic: each expert's output crosses the mesh on its own
-    (adding the other ranks' zeros is exact) and the C of them are summed in the router's order; otherwise they are
-    summed before, which moves C times less.
+    x [T, H]; ids, weights [T, C], ids -1 for padding; gate_up [L, S, H, 2 I], down [L, S, I, H] of this rank's S slots
+    in all layers with experts, of which this is number `layer`; table [E, R] of global slots, mesh position * S + slot.
+    Deterministic: each expert's output crosses the mesh on its own (adding the other ranks' zeros is exact) and the C
+    of them are summed in the router's order; otherwise they are summed before, which moves C times less.
     """
     slots = gate_up.shape[1]
     if x.dtype == jnp.float32:  # one collective instead of three; ids are exact in float32

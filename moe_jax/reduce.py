@@ -1,8 +1,8 @@
 """Sums and maxima in steps of 16 elements.
 
-XLA on CPU rewrites a reduction of 32 elements or more as a tree of windows, and then has to write out whatever is being
-reduced: a page's products, say, 64 kB instead of none. Cut by hand, the products stay in registers. The order is fixed by
-the shape alone.
+XLA on CPU rewrites a reduction of 32 elements or more as a tree of windows, and then has to write out whatever is
+being reduced: a page's products, say, 64 kB instead of none. Cut by hand, the products stay in registers. The order is
+fixed by the shape alone.
 """
 
 import operator

@@ -106,7 +106,7 @@ def restrict(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
 
 
 def sample(logits: jax.Array, p: SampleParams, want_top: jax.Array) -> Sampled:
-    """logits [S, V] float32; want_top: whether any row asked for its best tokens (they are costly, and zeros if not)."""
+    """logits [S, V] float32; want_top: whether any row asked for its best tokens (zeros if not: they are costly)."""
     random = (p.temperature > 0).any()
     restricted = ((p.top_k > 0) | (p.top_p < 1)).any()
 

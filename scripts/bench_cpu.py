@@ -282,7 +282,7 @@ def add_self_times(spent: dict[str, float], events: Any) -> None:
 
 
 def operation(event: Any) -> str | None:
-    """"step: dot", or None for what is no operation of a program."""
+    """ "step: dot", or None for what is no operation of a program."""
     stats = dict(event.stats)
     if "hlo_op" not in stats:
         return None

@@ -65,8 +65,7 @@ class Config:
     router_aux_loss_coef: float = 0.02
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything a checkpoint holds; `best` is the parameters with the lowest validation loss so far."""
 
     step: jax.Array
@@ -130,7 +129,7 @@ def attention(layer: Params, x: jax.Array, config: Config, kernel: str) -> jax.A
     q, k, v = ((x @ layer[name]).reshape(batch, length, -1, config.head_dim) for name in "qkv")
     q = rotary(rms_norm(q, layer["q_norm"], config.rms_norm_eps), config.rope_theta)
     k = rotary(rms_norm(k, layer["k_norm"], config.rms_norm_eps), config.rope_theta)
-    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)  # type: ignore[arg-type]
     return mixed.reshape(batch, length, -1) @ layer["o"]
 
 
@@ -354,7 +353,7 @@ def train(args: argparse.Namespace, config: Config, corpus: np.ndarray, validati
     batches = {length: max(1, tokens_per_step // length) for length in (args.length, args.long_length)}
     started = time.perf_counter()
     compiled = {
-        length: step_fn.lower(
+        length: step_fn.lower(  # type: ignore[attr-defined]
             state, device_corpus, jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.float32), length=length
         ).compile()
         for length, batch in batches.items()
@@ -442,7 +441,7 @@ def generate(params: Params, tokenizer: Tokenizer, config: Config, new_tokens: i
     for i in range(new_tokens):
         rng = jax.random.fold_in(jax.random.key(seed), i)
         chosen = np.asarray(sample(jnp.asarray(buffer), jnp.asarray(lengths), rng))
-        done |= np.isin(chosen, stops)
+        done |= np.isin(chosen, np.array(stops))
         buffer[np.flatnonzero(~done), lengths[~done]] = chosen[~done]
         lengths += ~done
     return [
@@ -504,7 +503,7 @@ def export(out: Path, params: Params, config: Config, tokenizer: Tokenizer) -> N
     safetensors.flax.save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # it is written for its owner alone
     tokenizer.save(str(out / "tokenizer.json"))
-    write_json(out / "config.json", config_json(config, end))
+    write_json(out / "config.json", config_json(config, end or 0))
     write_json(
         out / "generation_config.json",
         {"do_sample": True, "temperature": 0.7, "top_k": 40, "eos_token_id": [end, turn_end], "pad_token_id": end},

@@ -23,14 +23,19 @@ def make_engine(model: str | Path = "demo", ranks: int = 1, **options: Any) -> E
     slot_experts = np.stack([slots] * checkpoint.config.num_moe_layers, axis=1)
     mesh = ExpertMesh(tuple(jax.devices()[:ranks]))
     engine = Engine(
-        checkpoint.config, config, mesh, slot_experts,
+        checkpoint.config,
+        config,
+        mesh,
+        slot_experts,
         lambda i, device: load_params(checkpoint, slot_experts[i], device, config.dtype),
     )
     engine.warm_up()
     return engine
 
 
-def request(name: str, prompt: list[int], max_tokens: int = 8, output: list[int] | None = None, **params: Any) -> Request:
+def request(
+    name: str, prompt: list[int], max_tokens: int = 8, output: list[int] | None = None, **params: Any
+) -> Request:
     params = {"temperature": 0.0, "ignore_eos": True, "seed": 7} | params
     return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **params), output or ())
 

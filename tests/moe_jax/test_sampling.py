@@ -13,11 +13,16 @@ V = 100
 jitted_restrict = jax.jit(restrict)
 
 
-def params(n: int, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0, position: int = 0) -> SampleParams:
+def params(
+    n: int, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0, position: int = 0
+) -> SampleParams:
     low, high = seed & 0xFFFFFFFF, seed >> 32
     return SampleParams(
-        jnp.full(n, temperature), jnp.full(n, top_p), jnp.full(n, top_k, jnp.int32),
-        jnp.tile(jnp.array([[low, high]], jnp.uint32), (n, 1)), jnp.arange(position, position + n, dtype=jnp.int32),
+        jnp.full(n, temperature),
+        jnp.full(n, top_p),
+        jnp.full(n, top_k, jnp.int32),
+        jnp.tile(jnp.array([[low, high]], jnp.uint32), (n, 1)),
+        jnp.arange(position, position + n, dtype=jnp.int32),
     )
 
 
@@ -55,7 +60,9 @@ def test_logprobs_and_best_tokens() -> None:
     expected = x - np.log(np.exp(x.astype(np.float64)).sum(1, keepdims=True))
     np.testing.assert_allclose(log_softmax(jnp.array(x)), expected, atol=2e-6, rtol=2e-6)
     s = sample(jnp.array(x), params(3, temperature=2.0, top_k=5), jnp.array(True))
-    np.testing.assert_allclose(s.logprob, np.take_along_axis(expected, np.asarray(s.token)[:, None], 1)[:, 0], atol=2e-6)
+    np.testing.assert_allclose(
+        s.logprob, np.take_along_axis(expected, np.asarray(s.token)[:, None], 1)[:, 0], atol=2e-6
+    )
     np.testing.assert_array_equal(s.top_tokens, np.argsort(-x, axis=1)[:, : s.top_tokens.shape[1]])
 
 
