@@ -60,15 +60,7 @@ class Engine:
     ) -> None:
         """slot_experts [ranks, moe layers, slots] int32; `load(mesh position, device)` gives a rank's parameters."""
         self.model, self.config, self.mesh = model, config, mesh
-        limits = Limits(
-            config.page_size,
-            config.num_pages,
-            config.max_batch,
-            config.max_prefill_rows,
-            config.max_model_len,
-            config.row_tile,
-        )
-        self.ranks = [Rank(Scheduler(limits, config.prefix_caching)) for _ in mesh.local]
+        self.ranks = [Rank(Scheduler(Limits.of(config), config.prefix_caching)) for _ in mesh.local]
         self.buckets = config.buckets
         self.layouts = {bucket: Layout(bucket, config) for bucket in self.buckets}
         self.executables = Executables(model, config, mesh)
@@ -95,9 +87,9 @@ class Engine:
 
     # Requests
 
-    def add(self, rank: int, request: Request) -> None:
+    def add(self, rank: int, request: Request, accepted: bool = False) -> None:
         """Queue a request on the `rank`-th of this process's ranks. Raises as Scheduler.add."""
-        self.ranks[rank].scheduler.add(request)
+        self.ranks[rank].scheduler.add(request, accepted)
 
     def cancel(self, request_id: str) -> bool:
         return any(rank.scheduler.cancel(request_id) for rank in self.ranks)

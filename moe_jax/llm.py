@@ -21,6 +21,7 @@ import numpy as np
 
 from moe_jax.config import EngineConfig, ModelConfig
 from moe_jax.request import CompletionOutput, Request, RequestOutput, SamplingParams, TokenEvent
+from moe_jax.scheduler import QueueFull
 from moe_jax.text import Detokenizer, Tokenizer
 
 Prompt = str | Sequence[int]
@@ -231,13 +232,23 @@ class LLM:
         if len(each) != len(batch):
             raise ValueError(f"params: found {len(each)}, expected one, or one for each of {len(batch)} prompts")
         ids: list[str] = []
+        streams: list[_Stream] = []
+        reasons: dict[str, str | None] = {}
+
+        def advance() -> None:
+            reasons.update({u.request_id: u.finish_reason for u in self.poll() if u.finish_reason is not None})
+
         try:
             for prompt, p in zip(batch, each, strict=True):
-                ids.append(self.submit(prompt, p))
-            streams = [self._streams[i] for i in ids]
-            reasons: dict[str, str | None] = {}
+                while True:
+                    try:
+                        ids.append(self.submit(prompt, p))
+                        break
+                    except QueueFull:
+                        advance()
+                streams.append(self._streams[ids[-1]])
             while len(reasons) < len(ids):
-                reasons |= {u.request_id: u.finish_reason for u in self.poll() if u.finish_reason is not None}
+                advance()
         finally:
             for request_id in ids:
                 self.cancel(request_id)

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from moe_jax.config import EngineConfig
 from moe_jax.kv_cache import PagePool, extend_digests
 from moe_jax.request import Request, TokenEvent
 
@@ -59,6 +60,10 @@ class Limits:
                 f"max_waiting_tokens: found {self.max_waiting_tokens}, expected at least max_model_len, "
                 f"{self.max_model_len}, or the longest request could never be queued"
             )
+
+    @staticmethod
+    def of(c: EngineConfig) -> Limits:
+        return Limits(c.page_size, c.num_pages, c.max_batch, c.max_prefill_rows, c.max_model_len, c.row_tile)
 
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that could never be served here, or that has already ended."""

@@ -44,7 +44,7 @@ class EngineLoop:
         match body["type"]:
             case "add":
                 # The queue's bound is kept by the sender; here it would come too late to refuse.
-                self.engine.ranks[0].scheduler.add(unpack_request(body["request"]), accepted=True)
+                self.engine.add(0, unpack_request(body["request"]), accepted=True)
             case "cancel":
                 self.engine.cancel(str(body["number"]))
             case "bell":

@@ -84,7 +84,7 @@ class ClusterBackend:
         platform = guess_platform(jax.config.jax_platforms)  # type: ignore[attr-defined]
         self.model = open_checkpoint(path, load_format).config
         self.config = c = engine_config(self.model, num_ranks, platform, **options)
-        self._limits = Limits(c.page_size, c.num_pages, c.max_batch, c.max_prefill_rows, c.max_model_len, c.row_tile)
+        self._limits = Limits.of(c)
         self._ranks: list[Rank] = []
         self._placed: dict[str, Placed] = {}  # by request id
         self._by_number: dict[int, Placed] = {}

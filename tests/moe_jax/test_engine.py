@@ -1,0 +1,80 @@
+"""The engine as a whole: nothing is compiled while serving, and nobody is forgotten."""
+
+import numpy as np
+import pytest
+
+from moe_jax.executables import compilations
+from moe_jax.mesh import primary_slots, routing_table
+from tests.engines import make_engine, request, run
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_nothing_is_compiled_while_serving(ranks: int) -> None:
+    """500 requests of random length, parameters and time of arrival after the warm-up."""
+    engine = make_engine(ranks=ranks, return_logits=False, prefix_caching=True)
+    rng = np.random.default_rng(ranks)
+    before = compilations.count
+    waiting = [
+        request(
+            f"r{i}",
+            rng.integers(5, 4096, int(rng.choice([1, 5, 30, 90]))).tolist(),
+            int(rng.integers(1, 7)),
+            temperature=float(rng.choice([0.0, 0.7, 1.3])),
+            top_k=int(rng.choice([0, 1, 40])),
+            top_p=float(rng.choice([1.0, 0.9])),
+            logprobs=[None, 0, 5][int(rng.integers(3))],
+            seed=i,
+        )
+        for i in range(500)
+    ]
+    expected = {r.request_id: r.params.max_tokens for r in waiting}
+    found: dict[str, int] = {}
+    while waiting or engine.has_work:
+        for r in waiting[: rng.integers(0, 12)]:
+            engine.add(int(rng.integers(ranks)), r)
+            waiting.remove(r)
+        for event in engine.step() if engine.has_work else []:
+            found[event.request_id] = found.get(event.request_id, 0) + 1
+    assert found == expected
+    assert compilations.count == before
+
+
+def test_a_failed_step_changes_nothing() -> None:
+    """A host dies in the middle of a step: the step is repeated as if nothing had happened."""
+    engine = make_engine()
+    requests = [request(f"r{i}", [7 + i] * (5 + 20 * i), 6) for i in range(4)]
+    undisturbed = run(engine, requests)
+    failures = iter([True, False] * 100)
+    put = engine.mesh.put
+
+    def fail_every_other(*args: object) -> object:
+        if next(failures):
+            raise RuntimeError("a host is lost")
+        return put(*args)  # type: ignore[arg-type]
+
+    object.__setattr__(engine.mesh, "put", fail_every_other)
+    for r in requests:
+        engine.add(0, r)
+    found: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    while engine.has_work:
+        try:
+            for event in engine.step():
+                found[event.request_id].append(event.token)
+        except RuntimeError:
+            pass
+    assert found == undisturbed
+
+
+@pytest.mark.parametrize("experts, ranks, slots", [(16, 4, 4), (16, 4, 8), (16, 3, 11), (8, 3, 3), (60, 7, 20)])
+def test_copies_of_an_expert_lie_on_different_ranks(experts: int, ranks: int, slots: int) -> None:
+    placed = primary_slots(experts, ranks, slots)
+    table = routing_table(placed, experts)
+    for expert, own in enumerate(table):
+        own = own[own >= 0]
+        assert (placed.reshape(-1)[own] == expert).all()
+        assert len(set((own // slots).tolist())) == len(own) >= ranks * slots // experts
+
+
+def test_too_few_slots() -> None:
+    with pytest.raises(ValueError, match="cannot hold 16 experts"):
+        primary_slots(16, 3, 5)
