@@ -93,10 +93,10 @@ def project_latent(c: ModelConfig, p: Params, x: jax.Array, turn: Turn) -> tuple
     if m.q_rank is None:
         q = h @ p["q"]
     else:
-        q = rms_norm(h @ p["q_a"] + p.get("q_a_bias", 0), p["q_a_norm"], 1e-6) @ p["q_b"]
+        q = rms_norm(h @ p["q_a"] + p.get("q_a_bias", 0), p["q_a_norm"], m.norm_eps) @ p["q_b"]
     q = q.reshape(n, c.num_heads, c.head_dim)
     latent, k_rope = jnp.split(h @ p["kv_a"] + p.get("kv_a_bias", 0), [m.kv_rank], axis=-1)
-    latent = rms_norm(latent, p["kv_a_norm"], 1e-6)  # 1e-6 whatever the config says, as in the original
+    latent = rms_norm(latent, p["kv_a_norm"], m.norm_eps)
     q_latent = jnp.einsum("nhd,hdr->nhr", q[..., : m.nope_dim], p["k_up"])
     q_rope = rotate(q[..., m.nope_dim :], turn, c.rope)
     k = jnp.concatenate([latent[:, None], rotate(k_rope[:, None], turn, c.rope)], axis=-1)

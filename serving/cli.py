@@ -267,8 +267,9 @@ def run_convert(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     started = time.monotonic()
     with _bad_input():
         from moe_jax import checkpoint
+        from moe_jax.llm import model_directory
 
-        checkpoint.convert(args.model, args.output)
+        checkpoint.convert(model_directory(args.model), args.output)
     seconds = round(time.monotonic() - started, 3)
     if args.json:
         print(json.dumps({"model": args.model, "output": args.output, "seconds": seconds}))

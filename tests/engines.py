@@ -15,7 +15,7 @@ from moe_jax.request import Request, SamplingParams
 SMALL: dict[str, Any] = {"max_batch": 16, "max_prefill_rows": 32, "max_model_len": 512, "num_pages": 64}
 
 
-def make_engine(model: str | Path = "demo", ranks: int = 1, **options: Any) -> Engine:
+def make_engine(model: str | Path = "demo", ranks: int = 1, warm_up: bool = True, **options: Any) -> Engine:
     """`ranks` virtual devices of this process (tests/conftest.py makes four), small buckets, logits kept."""
     checkpoint = open_checkpoint(model_directory(model))
     config = engine_config(checkpoint.config, ranks, "cpu", **(SMALL | {"return_logits": True} | options))
@@ -29,7 +29,8 @@ def make_engine(model: str | Path = "demo", ranks: int = 1, **options: Any) -> E
         slot_experts,
         lambda i, device: load_params(checkpoint, slot_experts[i], device, config.dtype),
     )
-    engine.warm_up()
+    if warm_up:
+        engine.warm_up()
     return engine
 
 

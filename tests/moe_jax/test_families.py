@@ -14,8 +14,12 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import oracle
 
+from tests.engines import make_engine
+
 TOLERANCE = 2e-4  # in log-probability
 IDS = np.random.default_rng(7).integers(0, oracle.VOCAB, 64).tolist()
+
+FIRST = list({family: (family, variant) for family, variant in reversed(oracle.CASES)}.values())
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,17 @@ def load(path: Path) -> tuple[Any, dict[str, Any]]:
     return c, load_params(checkpoint, slots, jax.local_devices()[0], "float32")
 
 
+def score(model: Path, **options: Any) -> np.ndarray:
+    """What `LLM.score` returns, without compiling the programs that it does not use."""
+    engine = make_engine(model, warm_up=False, max_prefill_rows=16, max_model_len=128, num_pages=16, **options)
+    job = engine.add_score(0, IDS)
+    while job.sequence.remaining:
+        engine.step()
+    found = np.concatenate(job.rows)
+    assert found.dtype == np.float32
+    return found
+
+
 def assert_same(a: Any, b: Any) -> None:
     for (path, x), (_, y) in zip(*(jax.tree.leaves_with_path(t) for t in (a, b)), strict=True):
         assert x.dtype == y.dtype and np.array_equal(x, y), path
@@ -45,17 +60,18 @@ class TestLogProbs:
         np.testing.assert_allclose(found, oracle.logprobs(model, IDS), rtol=0, atol=TOLERANCE)
 
     def test_score(self, model: Path) -> None:
-        try:
-            from moe_jax import LLM
-        except ImportError:
-            pytest.skip("moe_jax.LLM is not there yet")
-        llm = LLM(model=str(model), hosts=1, max_batch=16, max_prefill_rows=16, max_model_len=128, num_pages=16)
-        try:
-            found = llm.score(IDS)
-        finally:
-            llm.close()
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, oracle.logprobs(model, IDS), rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(score(model), oracle.logprobs(model, IDS), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("model", FIRST, indirect=True, ids=lambda c: "-".join(c))
+def test_score_on_four_ranks(model: Path) -> None:
+    """With one copy of each expert, and with more slots than that."""
+    expected = oracle.logprobs(model, IDS)
+    whole = score(model)
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=TOLERANCE)
+    for spare in (0, 1):
+        slots = open_checkpoint(model).config.num_experts // 4 + spare
+        np.testing.assert_array_equal(score(model, ranks=4, slots=slots), whole)
 
 
 @pytest.mark.parametrize("family", oracle.VARIANTS)
