@@ -64,18 +64,23 @@ def _visit(state: _State, q: jax.Array, k: list[jax.Array], v: list[jax.Array], 
     one by one because a product and sum then reads them where they lie; all else is done for the n together.
     """
     seen = (j < own[..., None])[:, None]
-    s = jnp.stack([ordered_sum((q[i, ..., None] * k[i][:, None]).astype(jnp.float32), -2) for i in range(len(k))])
+    q = q.astype(jnp.float32)
+    s = jnp.stack([ordered_sum(q[i, ..., None] * k[i][:, None].astype(jnp.float32), -2) for i in range(len(k))])
     s = jnp.where(seen, s, MASKED)
     m = jnp.maximum(state.m, ordered_max(s, -1))
     p = jnp.where(seen, jnp.exp(s - m[..., None]), 0)
     keep = jnp.exp(state.m - m)
-    pv = jnp.stack([ordered_sum(p[i, ..., None] * v[i][:, None].astype(jnp.float32), -2) for i in range(len(v))])
+    # What is not seen may be anything, NaN too: a stale page, a neighbour's row.
+    weighted = [
+        jnp.where(p[i, ..., None] > 0, p[i, ..., None] * v[i][:, None].astype(jnp.float32), 0) for i in range(len(v))
+    ]
+    pv = jnp.stack([ordered_sum(w, -2) for w in weighted])
     return _State(m, state.l * keep + ordered_sum(p, -1), state.acc * keep[..., None] + pv)
 
 
 def _finish(m: jax.Array, l: jax.Array, acc: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # noqa: E741
     """The last step of every row, which adds the row itself. All [T, kv_heads, groups, ...], k and v with groups 1."""
-    s = ordered_sum((q * k).astype(jnp.float32), -1)
+    s = ordered_sum(q.astype(jnp.float32) * k.astype(jnp.float32), -1)
     top = jnp.maximum(m, s)
     p, keep = jnp.exp(s - top), jnp.exp(m - top)
     return ((acc * keep[..., None] + p[..., None] * v) / (l * keep + p)[..., None]).astype(q.dtype)

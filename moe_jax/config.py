@@ -349,6 +349,10 @@ class EngineConfig:
         for name in ("max_batch", "max_prefill_rows"):
             if getattr(self, name) % self.row_tile:
                 raise ConfigError(f"{name}: expected a multiple of {self.row_tile}, found {getattr(self, name)}")
+        if self.kernels not in ("auto", "reference"):
+            raise ConfigError(f"kernels: expected auto or reference, found {self.kernels!r}")
+        if self.slots is not None and (not isinstance(self.slots, int) or self.slots < 1):
+            raise ConfigError(f"slots: expected a positive integer, found {self.slots!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype: expected float32 or bfloat16, found {self.dtype!r}")
         if self.replication > self.ranks:

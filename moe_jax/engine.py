@@ -26,7 +26,7 @@ from moe_jax.request import Request, SamplingParams, TokenEvent
 from moe_jax.scheduler import Entry, Limits, Scheduler, Sequence, StepPlan
 
 
-@dataclass
+@dataclass(eq=False)
 class ScoreJob:
     """A token list whose log-probabilities are wanted, chunk by chunk."""
 
@@ -102,10 +102,19 @@ class Engine:
                 f"token_ids: found {len(token_ids)} tokens, expected 1 to {self.config.max_model_len} (max_model_len) "
                 f"that fit {self.config.num_pages} pages of {self.config.page_size}"
             )
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk: found {chunk}, expected at least 1")
         request = Request("score", tuple(token_ids), SamplingParams())
         job = ScoreJob(Sequence(request, list(token_ids)), min(chunk or len(token_ids), self.config.max_prefill_rows))
         self.ranks[rank].scores.append(job)
         return job
+
+    def cancel_score(self, job: ScoreJob) -> None:
+        """Forget a job, done or not."""
+        for rank in self.ranks:
+            if job in rank.scores:
+                rank.scores.remove(job)
+                rank.scheduler.pool.release(job.sequence.pages)
 
     @property
     def has_work(self) -> bool:

@@ -56,6 +56,7 @@ class Executables:
             e.expert_tile,
             bucket.prefill,
             e.deterministic,
+            e.kernels == "reference",
         )
 
     def step(self, bucket: Bucket) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,11 @@ from moe_jax.scheduler import QueueFull
 from moe_jax.text import Detokenizer, Tokenizer
 
 Prompt = str | Sequence[int]
+CLUSTER_OPTIONS = (
+    "cache_dir",
+    "startup_timeout",
+    "stall_timeout",
+)  # of `serving.launcher`; one host has no use for them
 
 
 class Backend(Protocol):
@@ -138,18 +143,23 @@ class LLM:
         if load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format: found {load_format!r}, expected 'auto' or 'dummy'")
         path = model_directory(model)
+        known = {f.name for f in fields(EngineConfig)} - {"ranks"} | set(CLUSTER_OPTIONS)
+        if unknown := sorted(set(options) - known):
+            raise ValueError(f"options: found {', '.join(unknown)}, expected some of {', '.join(sorted(known))}")
         self._streams: dict[str, _Stream] = {}
+        self._unread: list[Update] = []  # of other requests, come while `generate` waited for its own
         self._next_id = 0
         self._backend: Backend
+        self.tokenizer = Tokenizer.from_directory(path)
         if hosts == 1:
             from moe_jax.local import LocalBackend
 
-            self._backend = LocalBackend(path, ranks_per_host, load_format, options)
+            own = {name: value for name, value in options.items() if name not in CLUSTER_OPTIONS}
+            self._backend = LocalBackend(path, ranks_per_host, load_format, own)
         else:
             from serving.launcher import ClusterBackend
 
             self._backend = ClusterBackend(path, hosts, ranks_per_host, load_format, options)
-        self.tokenizer = Tokenizer.from_directory(path)
         self._eos = self.tokenizer.eos_token_ids or self.config.eos_token_ids
 
     @property
@@ -167,10 +177,10 @@ class LLM:
 
         Raises ValueError for a request that cannot be served, scheduler.QueueFull when the queue is.
         """
-        params = params or SamplingParams()
+        params, automatic = params or SamplingParams(), request_id is None
         if params.seed is None:
             params = params.with_seed(secrets.randbits(64))
-        if request_id is None:
+        while request_id is None or (automatic and request_id in self._streams):
             request_id, self._next_id = f"request-{self._next_id}", self._next_id + 1
         if request_id in self._streams:
             raise ValueError(f"request_id: found {request_id!r}, which is being served, expected a new one")
@@ -183,6 +193,9 @@ class LLM:
 
     def poll(self, timeout: float | None = None) -> list[Update]:
         """What is new, one Update a request; blocks until there is something, at most `timeout` seconds."""
+        unread, self._unread = self._unread, []
+        if unread:
+            return unread
         deadline = None if timeout is None else time.monotonic() + timeout
         while self._streams:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -195,6 +208,7 @@ class LLM:
         """Forget a request; nothing more is heard of it."""
         if self._streams.pop(request_id, None):
             self._backend.cancel(request_id)
+        self._unread = [u for u in self._unread if u.request_id != request_id]
 
     def _updates(self, events: list[TokenEvent]) -> list[Update]:
         grouped: dict[str, list[TokenEvent]] = {}
@@ -235,8 +249,15 @@ class LLM:
         streams: list[_Stream] = []
         reasons: dict[str, str | None] = {}
 
+        others = self._unread
+
         def advance() -> None:
-            reasons.update({u.request_id: u.finish_reason for u in self.poll() if u.finish_reason is not None})
+            self._unread = []
+            for update in self.poll():
+                if update.request_id not in ids:
+                    others.append(update)
+                elif update.finish_reason is not None:
+                    reasons[update.request_id] = update.finish_reason
 
         try:
             for prompt, p in zip(batch, each, strict=True):
@@ -252,6 +273,7 @@ class LLM:
         finally:
             for request_id in ids:
                 self.cancel(request_id)
+            self._unread = others
         return [
             _output(prompt, stream, reasons[request_id])
             for prompt, stream, request_id in zip(batch, streams, ids, strict=True)

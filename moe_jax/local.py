@@ -66,8 +66,11 @@ class LocalBackend:
         if engine.has_work:
             raise RuntimeError("score: found requests being served, expected none; finish or cancel them first")
         job = engine.add_score(0, list(token_ids), chunk)
-        while job.sequence.remaining:
-            engine.step()
+        try:
+            while job.sequence.remaining:
+                engine.step()
+        finally:
+            engine.cancel_score(job)
         return np.concatenate(job.rows)
 
     def close(self) -> None:

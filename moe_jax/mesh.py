@@ -81,10 +81,29 @@ def primary_slots(num_experts: int, ranks: int, slots: int) -> np.ndarray:
 
 
 def routing_table(slot_experts: np.ndarray, num_experts: int) -> np.ndarray:
-    """[E, R] int32 of global slots, the primary first, -1 where an expert has fewer. slot_experts [ranks, slots]."""
+    """[E, R] int32 of global slots, the primary first, -1 where an expert has fewer. slot_experts [ranks, slots].
+
+    Primaries are spread, so that decode uses the whole mesh: no expert has a copy on a rank with two primaries fewer
+    than its primary's rank.
+    """
+    ranks, slots = slot_experts.shape
     flat = slot_experts.reshape(-1)
-    found = [np.flatnonzero(flat == e) for e in range(num_experts)]
-    table = np.full((num_experts, max(len(f) for f in found)), -1, np.int32)
-    for e, f in enumerate(found):
-        table[e, : len(f)] = f
+    found = [np.flatnonzero(flat == e).tolist() for e in range(num_experts)]
+    count = np.zeros(ranks, np.int32)
+    for own in found:
+        count[own[0] // slots] += 1
+    moved = True
+    while moved:  # each move lowers the sum of squared counts, so this ends
+        moved = False
+        for own in found:
+            best = min(own, key=lambda slot: count[slot // slots])
+            if count[best // slots] + 2 <= count[own[0] // slots]:
+                count[own[0] // slots] -= 1
+                count[best // slots] += 1
+                own.remove(best)
+                own.insert(0, best)
+                moved = True
+    table = np.full((num_experts, max(len(own) for own in found)), -1, np.int32)
+    for e, own in enumerate(found):
+        table[e, : len(own)] = own
     return table

@@ -14,6 +14,7 @@ from jax import lax
 
 from moe_jax.attention import Cache, Entries, attend
 from moe_jax.config import ModelConfig, Rope
+from moe_jax.kernels.expert_ffn import expert_ffn, expert_ffn_reference
 from moe_jax.moe import Dispatch, moe, route
 from moe_jax.reduce import ordered_sum
 from moe_jax.tiles import map_tiles
@@ -33,6 +34,7 @@ class Run:
     expert_tile: int
     prefill: bool
     deterministic: bool
+    reference: bool = False  # plain JAX where there is a kernel
 
     @property
     def tile(self) -> int | None:
@@ -151,6 +153,7 @@ def layer(
         run.dispatch,
         run.expert_tile,
         spread=run.prefill,
+        ffn=expert_ffn_reference if run.reference else expert_ffn,
         deterministic=run.deterministic,
     )
     return x + y, new
@@ -193,6 +196,7 @@ def logits(run: Run, params: Params, x: jax.Array, count: jax.Array) -> jax.Arra
     """float32 [n, V] of hidden states [n, H], the first `count` of them."""
 
     def head(x: jax.Array) -> jax.Array:
-        return (rms_norm(x, params["final_norm"], run.model.rms_norm_eps) @ params["lm_head"]).astype(jnp.float32)
+        h = rms_norm(x, params["final_norm"], run.model.rms_norm_eps)
+        return jnp.dot(h, params["lm_head"], preferred_element_type=jnp.float32)
 
     return run.tiles(head, (count + run.row_tile - 1) // run.row_tile, x)

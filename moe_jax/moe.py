@@ -4,6 +4,7 @@ Runs inside `shard_map`. `Dispatch` is the small interface behind which tokens r
 the one here all-gathers the tokens, lets every rank compute what its slots are for, and reduce-scatters the result.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -21,7 +22,7 @@ def route(c: ModelConfig, h: jax.Array, router: jax.Array, bias: jax.Array | Non
 
     h [rows, H]; router [H, E] float32; bias [E]. Groups: DeepSeek-V2 section 2.2.1 and DeepSeek-V3 section 2.1.2.
     """
-    logits = h.astype(jnp.float32) @ router
+    logits = jnp.dot(h.astype(jnp.float32), router, precision="highest")
     scores = jax.nn.sigmoid(logits) if c.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     choice = scores if bias is None else scores + bias
     if c.num_groups > 1:
@@ -79,6 +80,7 @@ def moe(
     tile: int,
     spread: bool,
     deterministic: bool,
+    ffn: Callable[..., jax.Array] = expert_ffn,
 ) -> jax.Array:
     """The weighted sum of each row's experts, [T, H].
 
@@ -97,7 +99,7 @@ def moe(
     first = (lax.axis_index(AXIS) if dispatch.ranks > 1 else 0) * slots
     slot = choose_slots(all_ids, table, spread) - first
     slot = jnp.where((slot >= 0) & (slot < slots), slot, -1)
-    y = expert_ffn(everyone, slot, gate_up, down, layer, tile)
+    y = ffn(everyone, slot, gate_up, down, layer, tile)
     if deterministic:
         return weighted_sum(dispatch.reduce(y), weights)
     return dispatch.reduce(weighted_sum(y, all_weights).astype(x.dtype))

@@ -16,6 +16,9 @@ FinishReason = Literal["stop", "length", "abort"]
 
 MAX_LOGPROBS = 5  # the step returns this many top log-probabilities of every sampled row; its shape is compiled in
 MAX_STOPS = 16
+# Below these float32 overflows or has no bits left; what is meant is greedy, and the best token alone.
+MIN_TEMPERATURE, MIN_TOP_P = 1e-5, 1e-6
+MAX_TEMPERATURE = 1e4
 INT32_MAX = 2**31 - 1  # tokens, positions and top_k travel in int32 arrays
 UINT64_MAX = 2**64 - 1
 
@@ -67,12 +70,15 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
         put("max_tokens", _integer("max_tokens", self.max_tokens, 1, INT32_MAX))
-        put("temperature", _number("temperature", self.temperature, "a finite number >= 0"))
-        if self.temperature < 0:
-            raise _fail("temperature", self.temperature, "a finite number >= 0")
+        put("temperature", _number("temperature", self.temperature, f"a number from 0 to {MAX_TEMPERATURE:g}"))
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise _fail("temperature", self.temperature, f"a number from 0 to {MAX_TEMPERATURE:g}")
+        if self.temperature < MIN_TEMPERATURE:
+            put("temperature", 0.0)
         put("top_p", _number("top_p", self.top_p, "a number in (0, 1]"))
         if not 0 < self.top_p <= 1:
             raise _fail("top_p", self.top_p, "a number in (0, 1]")
+        put("top_p", max(self.top_p, MIN_TOP_P))
         put("top_k", _integer("top_k", self.top_k, 0, INT32_MAX))
         if self.seed is not None:
             put("seed", _integer("seed", self.seed, 0, UINT64_MAX))

@@ -45,7 +45,7 @@ def gumbel(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
     """Standard Gumbel noise [S, vocab], a function of (seed, position, token id) alone."""
     key = _mix(_mix(_mix(seed[:, 0]) ^ seed[:, 1]) + position.astype(jnp.uint32))
     bits = _mix(_mix(key[:, None] ^ _mix(jnp.arange(vocab, dtype=jnp.uint32))) + key[:, None])
-    uniform = ((bits >> 8).astype(jnp.float32) + 0.5) * 2.0**-24  # in (0, 1), never either
+    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23  # exact, so in (0, 1) and never either
     return -jnp.log(-jnp.log(uniform))
 
 

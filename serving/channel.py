@@ -14,11 +14,13 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import threading
 from typing import Any, NamedTuple
 
 MAX_MESSAGE = 64 << 20  # bytes, JSON and blob each: far above what is ever sent, so more means a broken stream
 _HEADER = struct.Struct("<II")
 _RECEIVE = 1 << 18
+_SEND_TURN = 5.0  # seconds: a process that reports its end while another of its threads is stuck in a send
 
 
 class Message(NamedTuple):
@@ -64,12 +66,13 @@ class Decoder:
 
 
 class Channel:
-    """One end. Messages arrive in the order they were sent. One thread may send while another receives."""
+    """One end. Messages arrive in the order they were sent. Threads may send while another receives."""
 
     def __init__(self, sock: socket.socket, timeout: float | None = None) -> None:
         """`timeout`: seconds that a `send` or `receive` may take; TimeoutError ends it."""
         sock.settimeout(timeout)
         self._socket, self._decoder = sock, Decoder()
+        self._sending = threading.Lock()
 
     @staticmethod
     def pair(timeout: float | None = None) -> tuple[Channel, socket.socket]:
@@ -88,10 +91,14 @@ class Channel:
     def send(self, body: dict[str, Any], blob: bytes | memoryview = b"") -> None:
         """Blocks while the other end is behind. Raises ChannelClosed, TimeoutError, or ValueError as `encode`."""
         frame = encode(body, blob)
+        if not self._sending.acquire(timeout=_SEND_TURN):
+            raise TimeoutError(f"send: another thread has been sending for {_SEND_TURN} s")
         try:
             self._socket.sendall(frame)
         except (BrokenPipeError, ConnectionResetError) as e:
             raise ChannelClosed(str(e)) from None
+        finally:
+            self._sending.release()
 
     def receive(self) -> list[Message]:
         """The messages completed by what has arrived; blocks until something has. Raises ChannelClosed at the end."""

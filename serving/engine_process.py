@@ -19,6 +19,7 @@ from typing import Any
 
 from serving.channel import Channel
 from serving.inbox import Inbox
+from serving.outbox import Outbox
 
 
 def serve(rank: int, channel: Channel, inbox: Inbox) -> None:
@@ -60,7 +61,7 @@ def serve(rank: int, channel: Channel, inbox: Inbox) -> None:
     loaded = time.monotonic()
     engine.warm_up()
     seconds = {"join": joined - begun, "load": loaded - joined, "compile": time.monotonic() - loaded}
-    loop = EngineLoop(engine, channel.send)
+    loop = EngineLoop(engine, Outbox(channel).send)
     channel.send({"type": "ready", "epoch": epoch["number"], "seconds": seconds, **loop.status()})
     loop.run(inbox)
 

@@ -73,6 +73,8 @@ def test_copies_of_an_expert_lie_on_different_ranks(experts: int, ranks: int, sl
         own = own[own >= 0]
         assert (placed.reshape(-1)[own] == expert).all()
         assert len(set((own // slots).tolist())) == len(own) >= ranks * slots // experts
+    primaries = np.bincount(table[:, 0] // slots, minlength=ranks)
+    assert primaries.max() <= -(-experts // ranks) + 1, "decode uses the whole mesh"
 
 
 def test_too_few_slots() -> None:

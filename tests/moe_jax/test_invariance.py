@@ -5,6 +5,7 @@ import pytest
 
 from moe_jax.engine import Engine
 from moe_jax.request import Request
+from moe_jax.scheduler import Limits, Scheduler
 from tests.engines import make_engine, request, run
 
 RNG = np.random.default_rng(0)
@@ -34,6 +35,11 @@ def same_bits(found: dict[tuple[str, int], np.ndarray], expected: dict[tuple[str
             np.testing.assert_array_equal(value.view(np.int32), expected[key].view(np.int32), err_msg=str(key))
             compared += 1
     assert compared
+
+
+def make_scheduler(engine: Engine) -> Scheduler:
+    """One that knows of no page's contents."""
+    return Scheduler(Limits.of(engine.config), engine.config.prefix_caching)
 
 
 def mixed() -> list[Request]:
@@ -97,6 +103,15 @@ def test_scored_at_once_and_step_by_step(one: Engine, alone: dict) -> None:
         x = alone[name, len(prompt) + i].astype(np.float64)
         expected = x - x.max() - np.log(np.exp(x - x.max()).sum())
         np.testing.assert_allclose(scores[None][len(prompt) + i - 1], expected, atol=1e-5)
+
+
+def test_what_is_not_seen_may_be_anything(one: Engine, alone: dict) -> None:
+    """Stale pages may hold NaN; requests that come to use them are not touched by it."""
+    one.cache = {name: a * float("nan") for name, a in one.cache.items()}
+    one.ranks[0].scheduler = make_scheduler(one)
+    one.logits = {}
+    run(one, [request(name, prompt, TOKENS) for name, prompt in PROMPTS.items()])
+    same_bits(one.logits, alone)
 
 
 def test_sampled_tokens_do_not_depend_on_company(one: Engine) -> None:

@@ -77,6 +77,17 @@ def test_streaming_gives_the_same_text(llm: LLM) -> None:
     assert list(texts.values()) == expected
 
 
+def test_generate_beside_other_requests(llm: LLM) -> None:
+    other = llm.submit("The capital of", greedy(max_tokens=3), request_id="request-7")
+    long = llm.submit("The capital of", greedy(max_tokens=30))
+    assert len(llm.generate(["Call me"] * 9, greedy(max_tokens=12))) == 9
+    seen: dict[str, int] = {}
+    while llm._streams or llm._unread:
+        for update in llm.poll():
+            seen[update.request_id] = seen.get(update.request_id, 0) + len(update.token_ids)
+    assert seen == {other: 3, long: 30}
+
+
 def test_cancel(llm: LLM) -> None:
     gone, kept = (llm.submit("The capital of", greedy(max_tokens=9)) for _ in range(2))
     llm.poll()
@@ -114,6 +125,8 @@ def test_bad_requests_disturb_nothing(llm: LLM, prompt: list[int], params: dict,
         ({"slots": 3}, "need at least 16"),
         ({"max_model_len": 10**6}, "max_model_len"),
         ({"model": "/nowhere"}, "/nowhere"),
+        ({"pages": 3}, "options: found pages"),
+        ({"kernels": "fast"}, "kernels"),
         ({"ranks_per_host": 64}, "ranks_per_host"),
     ],
 )

@@ -86,3 +86,10 @@ def test_finish_reason():
     assert reason(7, 1, ignore_eos=True) is None
     assert reason(7, 1, ignore_eos=True, stop_token_ids=[7]) == "stop"
     assert reason(5, 1, stop_token_ids=[5]) == "stop"
+
+
+def test_values_that_float32_cannot_hold() -> None:
+    assert SamplingParams(temperature=1e-30).temperature == 0
+    assert SamplingParams(top_p=1e-300).top_p > 0
+    with pytest.raises(ValueError, match="temperature"):
+        SamplingParams(temperature=1e39)

@@ -89,3 +89,10 @@ def test_noise_is_a_function_of_seed_position_and_token() -> None:
     np.testing.assert_array_equal(a[0, :32], b[0])
     assert not np.array_equal(a[0], a[1]) and not np.array_equal(a[0], a[2])
     assert np.isfinite(a).all()
+
+
+def test_noise_is_finite_at_the_end_of_its_range() -> None:
+    """Places where 24 bits of hash and a half round up to one, and the noise of a token would be infinite."""
+    for seed, position, token in [(0, 9367, 1565), (0, 15361, 3719), (7, 192, 144599)]:
+        noise = gumbel(jnp.array([[seed, 0]], jnp.uint32), jnp.array([position]), token + 1)
+        assert np.isfinite(noise).all()
