@@ -32,11 +32,10 @@ class FakeEngine:
         self.left = {}  # request id -> steps left
         self.prefilled = set()
         self.served = set()
-        self.scheduler = SimpleNamespace(add=self.add)
-        self.ranks = [self]
         self.passed = None  # (wish, bells) while inside a step
 
-    def add(self, request, accepted):
+    def add(self, rank, request, accepted):
+        assert rank == 0 and accepted
         self.left[request.request_id] = request.params.max_tokens
 
     def cancel(self, request_id):
