@@ -164,9 +164,8 @@ def attend(
         """Put a state into that of all rows [T, kv_heads, groups, ...]."""
         return jax.tree.map(lambda all_rows, x: lax.dynamic_update_slice_in_dim(all_rows, x, at, 0), seen, state)
 
-    def by_row(
-        x: jax.Array,
-    ) -> jax.Array:  # a tile's [1, kv_heads, groups * row_tile, ...] as [row_tile, kv_heads, groups, ...]
+    def by_row(x: jax.Array) -> jax.Array:
+        """A tile's [1, kv_heads, groups * row_tile, ...] as [row_tile, kv_heads, groups, ...]."""
         return jnp.moveaxis(x[0].reshape(kv_heads, groups, row_tile, *x.shape[3:]), 2, 0)
 
     shape = (rows, kv_heads, groups)

@@ -1,6 +1,6 @@
 """A batch file through an engine: JSON lines in, JSON lines out, in order, resumable.
 
-It knows the two forms of an input line (design.md, "Batch files"), what one line's result looks like, and how to go
+It knows the two forms of an input line (README, "Batches of prompts"), what one line's result looks like, and how to go
 on where an earlier run stopped. It must not know how tokens are made: anything with `submit`, `poll`, `cancel` and a
 tokenizer will do. A file may have millions of lines: only a window of them is in memory at a time (and eight bytes
 of hash for each custom_id, to find duplicates).
@@ -22,6 +22,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+from moe_jax.llm import Update
 from moe_jax.request import SamplingParams
 from moe_jax.scheduler import QueueFull
 from moe_jax.text import Tokenizer
@@ -60,21 +61,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 class BatchError(ValueError):
     """The input or the output file cannot be used; nothing was run."""
-
-
-class Update(Protocol):
-    """What `poll` gives: a request's new tokens and text."""
-
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def token_ids(self) -> Sequence[int]: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def logprobs(self) -> Sequence[Mapping[int, float]] | None: ...
-    @property
-    def finish_reason(self) -> str | None: ...
 
 
 class Engine(Protocol):

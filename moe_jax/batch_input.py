@@ -4,9 +4,11 @@ A step takes some twenty small arrays. Sent one by one they cost more than a sma
 `Layout` gives each field its place, packs a plan into a vector with numpy, and cuts it up again on the device.
 """
 
+import math
 import struct
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,22 +73,26 @@ class Layout:
         out, offset = {}, 0
         for name, shape in shapes.items():
             out[name] = (offset, shape)
-            offset += int(np.prod(shape))
+            offset += math.prod(shape)
         return out
 
     @cached_property
     def size(self) -> int:
-        return sum(int(np.prod(shape)) for _, shape in self.fields.values())
+        return sum(math.prod(shape) for _, shape in self.fields.values())
+
+    def _cut(self, vector: Any) -> dict[str, Any]:
+        """The fields of a numpy or JAX vector; views, with numpy."""
+        return {
+            name: vector[offset : offset + math.prod(shape)].reshape(shape)
+            for name, (offset, shape) in self.fields.items()
+        }
 
     def pack(self, plan: StepPlan, wish: int, bell: int) -> np.ndarray:
         """[size] int32. Raises ValueError when the plan does not fit the bucket."""
         if plan.rows > self.bucket.rows or len(plan.entries) > self.num_entries:
             raise ValueError(f"plan of {plan.rows} rows, {len(plan.entries)} entries does not fit {self.bucket}")
         vector = np.zeros(self.size, np.int32)
-        view = {
-            name: vector[offset : offset + int(np.prod(shape))].reshape(shape)
-            for name, (offset, shape) in self.fields.items()
-        }
+        view = self._cut(vector)
         tile, page_size, sampled = self.engine.row_tile, self.engine.page_size, plan.sampled
         top = any(e.sequence.request.params.logprobs for e in sampled)
         view["counts"][:] = plan.decode_rows, plan.rows // tile, len(sampled), top, wish, bell
@@ -113,10 +119,7 @@ class Layout:
         return vector
 
     def unpack(self, vector: jax.Array) -> StepInput:
-        f = {
-            name: vector[offset : offset + int(np.prod(shape))].reshape(shape)
-            for name, (offset, shape) in self.fields.items()
-        }
+        f = self._cut(vector)
         row, position, temperature, top_p, top_k, low, high = f["samples"].T
         decode, tiles, samples, top = (f["counts"][i] for i in range(4))
         return StepInput(

@@ -8,9 +8,7 @@ that reaches one rank a step earlier than another wakes both. No other word pass
 """
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +16,11 @@ import numpy as np
 
 from moe_jax.attention import cache_shapes
 from moe_jax.batch_input import Layout, unpack_output
-from moe_jax.config import Bucket, EngineConfig, ModelConfig
+from moe_jax.checkpoint import Checkpoint, load_params
+from moe_jax.config import Bucket, EngineConfig
 from moe_jax.executables import Executables
 from moe_jax.kernels.expert_ffn import prepare
-from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs, routing_table
+from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs, place_experts, routing_table
 from moe_jax.request import Request, SamplingParams, TokenEvent
 from moe_jax.scheduler import Entry, Limits, Scheduler, Sequence, StepPlan
 
@@ -50,21 +49,19 @@ class Rank:
 class Engine:
     """Serves the requests of this process's ranks. Not thread-safe: one thread adds, cancels and steps."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        config: EngineConfig,
-        mesh: ExpertMesh,
-        slot_experts: np.ndarray,
-        load: Callable[[int, jax.Device], Any],
-    ) -> None:
-        """slot_experts [ranks, moe layers, slots] int32; `load(mesh position, device)` gives a rank's parameters."""
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig, mesh: ExpertMesh) -> None:
+        """Loads what this process's ranks hold of the checkpoint."""
+        model = checkpoint.config
         self.model, self.config, self.mesh = model, config, mesh
+        slot_experts = place_experts(model, mesh.size, config.slots_for(model.num_experts))
         self.ranks = [Rank(Scheduler(Limits.of(config), config.prefix_caching)) for _ in mesh.local]
         self.buckets = config.buckets
         self.layouts = {bucket: Layout(bucket, config) for bucket in self.buckets}
         self.executables = Executables(model, config, mesh)
-        loaded = [self._prepare(load(i, mesh.devices[i])) for i in mesh.local]
+        loaded = [load_params(checkpoint, slot_experts[i], mesh.devices[i], config.dtype) for i in mesh.local]
+        for params in loaded:
+            for segment in params["segments"]:
+                segment |= {name: prepare(a) for name, a in segment.items() if name.startswith("experts_")}
         self.params = jax.tree.map(lambda spec, *shards: mesh.assemble(list(shards), spec), param_specs(model), *loaded)
         tables = [routing_table(slot_experts[:, i], model.num_experts) for i in range(model.num_moe_layers)]
         self.table = mesh.put([np.stack(tables)] * len(mesh.local), REPLICATED)
@@ -78,12 +75,6 @@ class Engine:
         self.bells_answered = 0
         self.steps = 0
         self.logits: dict[tuple[str, int], np.ndarray] = {}  # (request id, position) -> [V], with return_logits
-
-    @staticmethod
-    def _prepare(params: Any) -> Any:
-        for segment in params["segments"]:
-            segment |= {name: prepare(a) for name, a in segment.items() if name.startswith("experts_")}
-        return params
 
     # Requests
 
@@ -135,12 +126,14 @@ class Engine:
         Blocks until the other ranks have done theirs; raises jax.errors.JaxRuntimeError when one of them is lost, with
         this engine as it was before the step.
         """
-        bucket = self.buckets[(self._wished_now() if self.mesh.is_local else self.level or 1) - 1]
+        alone = self.mesh.is_local
+        level = max(self._level(rank) for rank in self.ranks) if alone else self.level
+        bucket = self.buckets[(level or 1) - 1]
         layout = self.layouts[bucket]
         plans = [self._plan(rank, bucket) for rank in self.ranks]
         try:
             vectors = [
-                layout.pack(plan, self._level(rank), self.bells_heard)
+                layout.pack(plan, 0 if alone else self._level(rank), self.bells_heard)
                 for rank, plan in zip(self.ranks, plans, strict=True)
             ]
             batch = self.mesh.put([v[None] for v in vectors], SHARDED)
@@ -173,9 +166,6 @@ class Engine:
             jax.block_until_ready(out)
             self.cache = self.executables.write(bucket)(self.cache, new, batch)
         jax.block_until_ready(self.cache)
-
-    def _wished_now(self) -> int:
-        return max(1, *(self._level(rank) for rank in self.ranks))
 
     def _level(self, rank: Rank) -> int:
         """The level this rank wishes for the step after the one in flight, or for the next if there is none."""

@@ -25,11 +25,8 @@ from moe_jax.scheduler import QueueFull
 from moe_jax.text import Detokenizer, Tokenizer
 
 Prompt = str | Sequence[int]
-CLUSTER_OPTIONS = (
-    "cache_dir",
-    "startup_timeout",
-    "stall_timeout",
-)  # of `serving.launcher`; one host has no use for them
+# Of `serving.launcher`; one host has no use for them.
+CLUSTER_OPTIONS = ("cache_dir", "startup_timeout", "stall_timeout")
 
 
 class Backend(Protocol):
@@ -248,7 +245,6 @@ class LLM:
         ids: list[str] = []
         streams: list[_Stream] = []
         reasons: dict[str, str | None] = {}
-
         others = self._unread
 
         def advance() -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.checkpoint import load_params, open_checkpoint
+from moe_jax.checkpoint import open_checkpoint
 from moe_jax.config import ConfigError
 from moe_jax.distributed import set_cpu_devices
 from moe_jax.engine import Engine
 from moe_jax.llm import engine_config
-from moe_jax.mesh import ExpertMesh, primary_slots
+from moe_jax.mesh import ExpertMesh
 from moe_jax.request import Request, TokenEvent
 
 
@@ -28,15 +28,8 @@ class LocalBackend:
                 "(on CPU more can be had only before JAX is first used)"
             )
         config = engine_config(checkpoint.config, ranks, jax.devices()[0].platform, **options)
-        mesh = ExpertMesh(tuple(jax.devices()[:ranks]))
-        slots = primary_slots(checkpoint.config.num_experts, ranks, config.slots_for(checkpoint.config.num_experts))
-        slot_experts = np.stack([slots] * checkpoint.config.num_moe_layers, axis=1)
-
-        def load(position: int, device: jax.Device) -> Any:
-            return load_params(checkpoint, slot_experts[position], device, config.dtype)
-
         self.model, self.config = checkpoint.config, config
-        self.engine: Engine | None = Engine(self.model, config, mesh, slot_experts, load)
+        self.engine: Engine | None = Engine(checkpoint, config, ExpertMesh(tuple(jax.devices()[:ranks])))
         self.engine.warm_up()
         self._rank_of: dict[str, int] = {}
 

@@ -80,6 +80,11 @@ def primary_slots(num_experts: int, ranks: int, slots: int) -> np.ndarray:
     return (np.arange(ranks * slots, dtype=np.int32) % num_experts).reshape(ranks, slots)
 
 
+def place_experts(c: ModelConfig, ranks: int, slots: int) -> np.ndarray:
+    """[ranks, layers with experts, slots] int32: `primary_slots`, the same in every layer."""
+    return np.stack([primary_slots(c.num_experts, ranks, slots)] * c.num_moe_layers, axis=1)
+
+
 def routing_table(slot_experts: np.ndarray, num_experts: int) -> np.ndarray:
     """[E, R] int32 of global slots, the primary first, -1 where an expert has fewer. slot_experts [ranks, slots].
 

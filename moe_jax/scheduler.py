@@ -6,7 +6,7 @@ model, the device, other ranks, or how steps are agreed; it is told how many row
 A step is a list of tiles of `row_tile` rows. Decode rows come first, one per sequence, packed and padded up to a
 whole tile; then prefill tiles, each belonging to one sequence. At most one plan is in flight at a time:
 
-    plan = scheduler.schedule(rows, prefill)     # … run it, with scheduler.wish_after(plan) riding on it …
+    plan = scheduler.schedule(rows, prefill)     # … run it, with scheduler.wish() riding on it …
     events = scheduler.complete(plan, tokens)    # after its K/V were written; or scheduler.discard(plan)
 
 Sequences run in the order of arrival. When pages run out the youngest running one is preempted: it gives up its
@@ -233,7 +233,8 @@ class Scheduler:
     def wish(self) -> tuple[int, bool]:
         """(rows wanted for the next step, whether some of them are prefill); (0, False) when there is nothing to do.
 
-        With a plan in flight the next step is the one after it, see `wish_after`. Rows are whole tiles. An estimate,
+        With a plan in flight the next step is the one after it, as if it succeeds and its tokens stop nobody early;
+        requests added later ride on the wish after that. Rows are whole tiles. An estimate,
         but not one that stalls: while there is work it is not (0, False), and a step as wished places some of it.
         """
         tile, running = self.limits.row_tile, 0
@@ -255,14 +256,6 @@ class Scheduler:
             budget -= min(ceil_div(len(sequence.token_ids) - reused, tile) * tile, budget)
         prefill_rows = self.limits.max_prefill_rows - budget
         return ceil_div(decode_rows, tile) * tile + prefill_rows, prefill_rows > 0
-
-    def wish_after(self, plan: StepPlan) -> tuple[int, bool]:
-        """`wish` for the step after `plan`, which is in flight: as if it succeeds and its tokens stop nobody early.
-
-        This is what rides on the step. Requests added later ride on the next one.
-        """
-        self._check_in_flight(plan)
-        return self.wish()
 
     def _remaining_next(self, sequence: Sequence) -> int:
         """Tokens left to compute once the plan in flight has succeeded; 0 if it is certain to be gone by then."""

@@ -15,7 +15,6 @@ import os
 import sys
 import time
 import traceback
-from typing import Any
 
 from serving.channel import Channel
 from serving.inbox import Inbox
@@ -25,19 +24,17 @@ from serving.outbox import Outbox
 def serve(rank: int, channel: Channel, inbox: Inbox) -> None:
     begun = time.monotonic()
     import jax
-    import numpy as np
 
-    from moe_jax.checkpoint import load_params, open_checkpoint
+    from moe_jax.checkpoint import open_checkpoint
     from moe_jax.config import EngineConfig
     from moe_jax.distributed import connect, keep_programs, live_nodes
     from moe_jax.engine import Engine
-    from moe_jax.mesh import ExpertMesh, primary_slots
+    from moe_jax.mesh import ExpertMesh
     from serving.engine_loop import EngineLoop
 
     (start,) = (message.body for message in inbox.take(wait=True))
     config = EngineConfig(**start["config"])
     checkpoint = open_checkpoint(start["path"], start["load_format"])
-    model = checkpoint.config
     if start["cache"] is not None:
         keep_programs(start["cache"], start["share_programs"], start["timeout"])
     client = connect(start["address"], rank, start["num_nodes"], int(start["timeout"]))
@@ -50,14 +47,8 @@ def serve(rank: int, channel: Channel, inbox: Inbox) -> None:
         raise RuntimeError(f"epoch {epoch['number']}: found ranks {live} live, expected {ranks}")
     by_rank = {device.process_index: device for device in jax.devices()}
     mesh = ExpertMesh(tuple(by_rank[r] for r in ranks))
-    slots = primary_slots(model.num_experts, len(ranks), config.slots_for(model.num_experts))
-    slot_experts = np.stack([slots] * model.num_moe_layers, axis=1)
-
-    def load(position: int, device: Any) -> Any:
-        return load_params(checkpoint, slot_experts[position], device, config.dtype)
-
     joined = time.monotonic()
-    engine = Engine(model, config, mesh, slot_experts, load)
+    engine = Engine(checkpoint, config, mesh)
     loaded = time.monotonic()
     engine.warm_up()
     seconds = {"join": joined - begun, "load": loaded - joined, "compile": time.monotonic() - loaded}

@@ -17,7 +17,7 @@ from typing import Literal
 Platform = Literal["cpu", "cuda"]
 
 _PACKAGES = ("moe_jax", "serving")
-# elastic-jax: without these a rank whose peer is lost ends itself instead of raising.
+# Without these a rank whose peer is lost ends itself instead of raising.
 _CUDA_FLAGS = (
     "--xla_gpu_nccl_terminate_on_error=false",
     "--xla_gpu_nccl_async_execution=true",

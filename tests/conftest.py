@@ -8,7 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 from hypothesis import settings
 
-from moe_jax.distributed import set_cpu_devices
+from moe_jax.distributed import keep_programs, set_cpu_devices
 from serving.environment import compilation_cache
 
 # `LLM(ranks_per_host=n)` can ask for devices only before JAX is first used: the first test would decide for all.
@@ -17,9 +17,7 @@ jax.devices()
 
 # Each LLM compiles anew what another of the same shape has compiled. A program from here still counts as compiled.
 cache = compilation_cache("cpu", Path(__file__).parents[1] / ".cache" / "xla", os.environ)
-jax.config.update("jax_compilation_cache_dir", str(cache))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+keep_programs(str(cache), share=False, timeout_s=0)
 
 settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
 settings.register_profile("local", deadline=None)

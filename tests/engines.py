@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from moe_jax.checkpoint import load_params, open_checkpoint
+from moe_jax.checkpoint import open_checkpoint
 from moe_jax.engine import Engine
 from moe_jax.llm import engine_config, model_directory
-from moe_jax.mesh import ExpertMesh, primary_slots
+from moe_jax.mesh import ExpertMesh
 from moe_jax.request import Request, SamplingParams
 
 SMALL: dict[str, Any] = {"max_batch": 16, "max_prefill_rows": 32, "max_model_len": 512, "num_pages": 64}
@@ -19,16 +18,7 @@ def make_engine(model: str | Path = "demo", ranks: int = 1, warm_up: bool = True
     """`ranks` virtual devices of this process (tests/conftest.py makes four), small buckets, logits kept."""
     checkpoint = open_checkpoint(model_directory(model))
     config = engine_config(checkpoint.config, ranks, "cpu", **(SMALL | {"return_logits": True} | options))
-    slots = primary_slots(checkpoint.config.num_experts, ranks, config.slots_for(checkpoint.config.num_experts))
-    slot_experts = np.stack([slots] * checkpoint.config.num_moe_layers, axis=1)
-    mesh = ExpertMesh(tuple(jax.devices()[:ranks]))
-    engine = Engine(
-        checkpoint.config,
-        config,
-        mesh,
-        slot_experts,
-        lambda i, device: load_params(checkpoint, slot_experts[i], device, config.dtype),
-    )
+    engine = Engine(checkpoint, config, ExpertMesh(tuple(jax.devices()[:ranks])))
     if warm_up:
         engine.warm_up()
     return engine

@@ -3,8 +3,8 @@
 `expert_ffn` is the public function. The tiled version computes only the rows that are routed somewhere: pairs are
 sorted by slot, and for each slot that was hit its weights are taken once and its rows go through in tiles of a fixed
 number of rows, so that a pair's result has the same bits whatever else is in the batch. (`lax.ragged_dot` on CPU
-expands to a masked product for every group: with 16 experts and 128 pairs it took 6 times as long as the tiles, with
-32 larger experts 7 times; 2026-11-22, 2 cores, jax 0.10.2 and 0.11.2.)
+expands to a masked product for every group: with 16 experts and 128 pairs it took 5.5 times as long as the tiles, with
+32 larger experts 6.6 times; 2026-11-22, 2 cores, jax 0.10.2 and 0.11.2.)
 """
 
 from functools import partial

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from moe_jax import batch
 from moe_jax.batch import BatchError, Counts, Options, derived_seed, parse_line
+from moe_jax.llm import Update
 from moe_jax.request import SamplingParams
 from moe_jax.scheduler import QueueFull
 from moe_jax.text import Tokenizer, full_text
@@ -40,15 +41,6 @@ def toy_tokenizer() -> Tokenizer:
     backend.add_special_tokens(["<eos>"])
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if tag %}[{{ tag }}]{% endif %}"
     return Tokenizer(backend, {"eos_token": "<eos>"}, chat_template=template)
-
-
-@dataclass
-class Update:
-    request_id: str
-    token_ids: list[int]
-    text: str
-    logprobs: list[dict[int, float]] | None
-    finish_reason: str | None
 
 
 @dataclass
@@ -325,10 +317,7 @@ def test_an_aborted_request_is_an_error(tmp_path: Path) -> None:
     class Aborting(ToyLLM):
         def poll(self, timeout: float | None) -> list[Update]:
             updates = super().poll(timeout)
-            for update in updates:
-                if update.request_id == "r1":
-                    update.finish_reason = "abort"
-            return updates
+            return [replace(u, finish_reason="abort") if u.request_id == "r1" else u for u in updates]
 
     rows = run(tmp_path, [{"custom_id": str(i), "prompt": "x", "n": 2} for i in range(3)], Aborting())
     assert [row["response"]["status_code"] for row in rows] == [500, 200, 200]

@@ -17,25 +17,13 @@ from moe_jax.checkpoint import CheckpointError, convert, load_params, load_slots
 from moe_jax.config import parse_hugging_face
 from moe_jax.hugging_face import dequantize
 from moe_jax.params import iterate, stacked_shapes
+from tests import configs
 
 BFLOAT16 = ml_dtypes.bfloat16
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3", "int32": "I32"}
 Tensors = dict[str, np.ndarray]
 
-QWEN: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "mlp_only_layers": [1],
-}
+QWEN = configs.QWEN | {"head_dim": 8, "mlp_only_layers": [1]}
 ROUTER = "model.layers.0.mlp.gate.weight"
 EXPERT = "model.layers.2.mlp.experts.3.down_proj.weight"
 

@@ -7,20 +7,9 @@ from typing import Any
 import pytest
 
 from moe_jax.config import ConfigError, ModelConfig, parse_hugging_face
+from tests import configs
 
-QWEN: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 4096,
-}
+QWEN = configs.QWEN
 DEEPSEEK = {
     **{name: value for name, value in QWEN.items() if name not in ("num_experts", "num_key_value_heads")},
     "model_type": "deepseek_v3",

@@ -61,20 +61,23 @@ def test_batched_on_any_mesh(alone: dict, ranks: int, slots: int | None) -> None
     assert sum(k[0] in PROMPTS for k in engine.logits) == len(alone)
 
 
-def test_preempted(alone: dict) -> None:
-    engine = make_engine(num_pages=9, prefix_caching=False)
-    run(engine, [request(name, prompt, 150) for name, prompt in PROMPTS.items()])
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_preempted(ranks: int, alone: dict) -> None:
+    engine = make_engine(ranks=ranks, num_pages=9, prefix_caching=False)
+    requests = [request(name, prompt, 150) for name, prompt in PROMPTS.items()]
+    run(engine, requests, rank=0)
     assert engine.ranks[0].scheduler.stats().preemptions > 0
     same_bits(engine.logits, alone)
 
 
-def test_prefix_cache_hits(one: Engine, alone: dict) -> None:
-    before = one.ranks[0].scheduler.stats().prefix_hit_tokens
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_prefix_cache_hits(ranks: int, alone: dict) -> None:
+    engine = make_engine(ranks=ranks)
     for _ in range(2):
-        run(one, [request(name, prompt, TOKENS) for name, prompt in PROMPTS.items()])
-        same_bits(one.logits, alone)
-        one.logits = {}
-    assert one.ranks[0].scheduler.stats().prefix_hit_tokens > before
+        run(engine, [request(name, prompt, TOKENS) for name, prompt in PROMPTS.items()], rank=0)
+        same_bits(engine.logits, alone)
+        engine.logits = {}
+    assert engine.ranks[0].scheduler.stats().prefix_hit_tokens > 0
 
 
 def test_resumed_in_the_middle(one: Engine, alone: dict) -> None:

@@ -114,7 +114,7 @@ class Rank:
             # A wish rides on a step whose result may change everything, but the next one makes good for it.
             assert plan.entries or placed
             placed = bool(plan.entries)
-            wish = self.scheduler.wish_after(plan)
+            wish = self.scheduler.wish()
             self.complete(plan)
             assert wish != (0, False) or not self.scheduler.has_work
         assert not self.scheduler.has_work and self.scheduler.stats().pages_used == 0
@@ -191,7 +191,7 @@ def test_random_histories(seed):
         plan = rank.schedule(rows, prefill)
         assert plan.entries or idle or (rows, prefill) != fresh
         disturb()
-        wish = rank.scheduler.wish_after(plan)
+        wish = rank.scheduler.wish()
         disturb()
         if rng.random() < 0.15:
             rank.scheduler.discard(plan)
@@ -232,7 +232,7 @@ def test_decode_first_then_chunks_in_order_of_arrival():
     assert rank.scheduler.wish() == (32, True)
     plan = rank.schedule(32, True)
     assert shape(plan) == [("a", 0, 5, 0, True, False), ("b", 0, 16, 16, False, False)]
-    assert rank.scheduler.wish_after(plan) == (48, True)
+    assert rank.scheduler.wish() == (48, True)
     rank.complete(plan)
     plan = step(rank, (48, True))
     assert shape(plan) == [("a", 5, 1, 0, True, True), ("b", 16, 24, 16, True, False)]
@@ -268,14 +268,14 @@ def test_discard_schedules_the_same_work_again():
     rank.finish(rank.scheduler.wish())
 
 
-def test_wish_after_knows_who_ends_and_who_waits_for_its_pages():
+def test_wish_knows_who_ends_and_who_waits_for_its_pages():
     limits = Limits(page_size=4, num_pages=4, max_batch=16, max_prefill_rows=32, max_model_len=16)
     rank = Rank(limits)
     rank.add(ask("a", [1] * 14, max_tokens=1))
     plan = rank.schedule(16, True)
-    assert rank.scheduler.wish_after(plan) == (0, False)
+    assert rank.scheduler.wish() == (0, False)
     rank.add(ask("b", [2] * 14, max_tokens=2))
-    assert rank.scheduler.wish_after(plan) == (16, True)  # all pages are a's, but a ends here
+    assert rank.scheduler.wish() == (16, True)  # all pages are a's, but a ends here
     rank.complete(plan)
     rank.finish((16, True))
 
@@ -341,7 +341,7 @@ def test_cancel():
     rank.complete(plan)
     plan = rank.schedule(32, True)
     assert rank.scheduler.cancel("b") and not rank.scheduler.cancel("b")
-    assert rank.scheduler.stats().pages_used > 0 and rank.scheduler.wish_after(plan) == (0, False)
+    assert rank.scheduler.stats().pages_used > 0 and rank.scheduler.wish() == (0, False)
     rank.add(ask("b", [9] * 3))  # the name is free again
     rank.complete(plan)
     assert rank.outputs["b"] == [] and rank.scheduler.stats().pages_used == 0
