@@ -49,6 +49,13 @@ def cache_shapes(model: ModelConfig, engine: EngineConfig) -> dict[str, tuple[in
     }
 
 
+def new_shapes(model: ModelConfig, rows: int) -> dict[str, tuple[int, ...]]:
+    """Of a step's new K/V rows of one rank."""
+    if model.latent:
+        return {"k": (model.num_layers, rows, 1, model.latent.kv_rank + model.latent.rope_dim)}
+    return dict.fromkeys(("k", "v"), (model.num_layers, rows, model.num_kv_heads, model.head_dim))
+
+
 class _State(NamedTuple):
     """Online softmax of the rows of n sequences: maximum, sum of exponentials, weighted values."""
 

@@ -35,7 +35,7 @@ class StepInput:
     num_sampled: jax.Array  # []
     sampling: SampleParams
     want_top: jax.Array  # []
-    wish: jax.Array  # [2] what this rank contributes to the agreement, see engine.py
+    wish: jax.Array  # [3] what this rank contributes to the agreement, see engine.py
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Layout:
         """name -> (offset, shape), in int32 words."""
         rows, entries, samples = self.bucket.rows, self.num_entries, self.num_samples
         shapes = {
-            "counts": (6,),  # decode rows, tiles, samples, want_top, wish, bell
+            "counts": (7,),  # decode rows, tiles, samples, want_top, wish, bell, epoch
             "token": (rows,),
             "position": (rows,),
             "page": (rows,),
@@ -87,7 +87,7 @@ class Layout:
             for name, (offset, shape) in self.fields.items()
         }
 
-    def pack(self, plan: StepPlan, wish: int, bell: int) -> np.ndarray:
+    def pack(self, plan: StepPlan, wish: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
         """[size] int32. Raises ValueError when the plan does not fit the bucket."""
         if plan.rows > self.bucket.rows or len(plan.entries) > self.num_entries:
             raise ValueError(f"plan of {plan.rows} rows, {len(plan.entries)} entries does not fit {self.bucket}")
@@ -95,7 +95,7 @@ class Layout:
         view = self._cut(vector)
         tile, page_size, sampled = self.engine.row_tile, self.engine.page_size, plan.sampled
         top = any(e.sequence.request.params.logprobs for e in sampled)
-        view["counts"][:] = plan.decode_rows, plan.rows // tile, len(sampled), top, wish, bell
+        view["counts"][:] = plan.decode_rows, plan.rows // tile, len(sampled), top, *wish
         view["page"][:] = -1
         tables = view["tables"]
         for i, e in enumerate(plan.entries):
@@ -137,7 +137,7 @@ class Layout:
                 position=position,
             ),
             want_top=top > 0,
-            wish=f["counts"][4:6],
+            wish=f["counts"][4:7],
         )
 
 
@@ -148,15 +148,15 @@ def _sampling_words(p: SamplingParams) -> tuple[int, ...]:
 
 
 def pack_output(agreed: jax.Array, sampled: Sampled) -> jax.Array:
-    """agreed [2]; one int32 vector [2 + S * (2 + 2 * MAX_LOGPROBS)]."""
+    """agreed [3]; one int32 vector [3 + S * (2 + 2 * MAX_LOGPROBS)]."""
     bits = lambda x: lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
     parts = (agreed, sampled.token, bits(sampled.logprob), sampled.top_tokens, bits(sampled.top_logprobs))
     return jnp.concatenate([x.reshape(-1) for x in parts])
 
 
-def unpack_output(vector: np.ndarray, plan: StepPlan) -> tuple[int, int, list[HostSampled]]:
-    """(agreed wish, agreed bell, what was sampled for each of plan.sampled)."""
-    body = vector[2:]
+def unpack_output(vector: np.ndarray, plan: StepPlan) -> tuple[tuple[int, int, int], list[HostSampled]]:
+    """What was agreed (level, bells, epoch), and what was sampled for each of plan.sampled."""
+    body = vector[3:]
     n = body.size // (2 + 2 * MAX_LOGPROBS)
     token, logprob = body[:n].tolist(), body[n : 2 * n].view(np.float32).tolist()
     out: list[HostSampled] = []
@@ -169,4 +169,5 @@ def unpack_output(vector: np.ndarray, plan: StepPlan) -> tuple[int, int, list[Ho
             at += n * MAX_LOGPROBS
             top = list(zip(ids, body[at : at + wanted].view(np.float32).tolist(), strict=True))
         out.append((token[i], logprob[i], top))
-    return int(vector[0]), int(vector[1]), out
+    level, bells, epoch = vector[:3].tolist()
+    return (level, bells, epoch), out

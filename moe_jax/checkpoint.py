@@ -27,7 +27,7 @@ from moe_jax.params import Param, iterate
 from moe_jax.scratch import scratch
 from moe_jax.tensor_file import CheckpointError
 
-__all__ = ["Checkpoint", "CheckpointError", "convert", "load_params", "load_slots", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "convert", "load_params", "load_slots", "open_checkpoint", "param_types"]
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _READERS = 4  # threads; each holds an expert
@@ -100,7 +100,7 @@ def load_params(
         expected = f"[{checkpoint.config.num_moe_layers}, slots]"
         raise ValueError(f"slot_experts: expected {expected}, found {list(slot_experts.shape)}")
     params: dict[str, Any] = {"segments": [{} for _ in checkpoint.config.segments]}
-    first_moe = _first_moe_layers(checkpoint.config)
+    first_moe = first_moe_layers(checkpoint.config)
     for path, param, first, layers in iterate(checkpoint.config):
         target = _target_dtype(checkpoint, path, param, dtype, keep_expert_dtype)
         experts = None
@@ -119,6 +119,16 @@ def load_params(
             array = checkpoint.read(path, param, 0, None)
             place[name] = jax.device_put(array.astype(target, order="C", copy=False), device)
     return params
+
+
+def param_types(checkpoint: Checkpoint, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
+    """The dtypes of what `load_params` returns, in the same pytree, without loading anything."""
+    types: dict[str, Any] = {"segments": [{} for _ in checkpoint.config.segments]}
+    for path, param, _, _ in iterate(checkpoint.config):
+        *segment, name = path
+        place = types["segments"][segment[1]] if segment else types
+        place[name] = _target_dtype(checkpoint, path, param, dtype, True)
+    return types
 
 
 def load_slots(
@@ -147,7 +157,7 @@ def load_slots(
     return arrays
 
 
-def _first_moe_layers(config: ModelConfig) -> list[int]:
+def first_moe_layers(config: ModelConfig) -> list[int]:
     """The row of `slot_experts` at which each segment begins."""
     starts = [0]
     for moe, _, layers in config.segments:

@@ -359,6 +359,11 @@ class EngineConfig:
             raise ConfigError(f"replication {self.replication} needs as many ranks, found {self.ranks}")
 
     @property
+    def max_replicas(self) -> int:
+        """Copies of an expert that the routing table has room for; a shape, so the same in every mesh."""
+        return min(self.ranks, 4)
+
+    @property
     def pages_per_sequence(self) -> int:
         return -(-self.max_model_len // self.page_size)
 

@@ -1,21 +1,31 @@
 """JAX across processes: the coordination service, its clients, and every private JAX name that this project uses.
 
-Private names and where they were seen: `jax._src.distributed.global_state` and `jax._src.lib._jax` (0.10.2, 0.11.2,
-0.12.0), `jax._src.xla_bridge.backends_are_initialized` (the same), `jax._src.cache_key._hash_accelerator_config` and
-`_hash_devices` (0.10.2, 0.11.2).
+Private names and where they were seen: `jax._src.distributed.global_state`, `jax._src.lib._jax`,
+`jax._src.xla_bridge.backends_are_initialized` and `get_backend`, `jax._src.compiler.get_compile_options`, and
+`Compiled._executable.xla_executable` (0.10.2, 0.11.2, 0.12.0).
 """
 
+import contextlib
 import os
+import re
+import socket
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax._src import cache_key, distributed, xla_bridge
+import numpy as np
+from jax._src import compiler, distributed, xla_bridge
 from jax._src.lib import _jax  # type: ignore[attr-defined]
+from jax.experimental.compilation_cache import compilation_cache
 
 # Same bits for every batch: products on one thread, so that their summation order does not depend on the machine; and
 # sums in XLA's own loops, in order, where XLA would hand them to a library that chooses an order by shape.
 _CPU_FLAGS = {"xla_cpu_multi_thread_eigen": "false", "xla_cpu_experimental_ynn_fusion_type": "individual_dot"}
+
+
+def _missing_cpu_flags(flags: str) -> list[str]:
+    return [f"--{name}={value}" for name, value in _CPU_FLAGS.items() if name not in flags]
 
 
 def set_cpu_devices(count: int) -> None:
@@ -24,7 +34,7 @@ def set_cpu_devices(count: int) -> None:
     Afterwards nothing can be changed: warns if the flags are missing.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    missing = [f"--{name}={value}" for name, value in _CPU_FLAGS.items() if name not in flags]
+    missing = _missing_cpu_flags(flags)
     if xla_bridge.backends_are_initialized():
         if missing and jax.default_backend() == "cpu":
             warnings.warn(
@@ -36,6 +46,12 @@ def set_cpu_devices(count: int) -> None:
     os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
     if count > 1:
         jax.config.update("jax_num_cpu_devices", count)
+
+
+def default_platform() -> str:
+    """"cpu" or "cuda", as JAX_PLATFORMS says; without it devices are looked for."""
+    named = (jax.config.jax_platforms or "").split(",")[0]  # type: ignore[attr-defined]
+    return named or jax.default_backend()
 
 
 def start_service(address: str, num_nodes: int, heartbeat_s: int = 30) -> Any:
@@ -76,18 +92,114 @@ def live_nodes(client: Any, ranks: list[int]) -> list[int]:
     return sorted(client.get_live_nodes(sorted(ranks)))
 
 
-def keep_programs(directory: str, share: bool, timeout_s: float) -> None:
-    """Keep compiled programs in `directory`, where only rank 0 of a program of several ranks writes.
+# Programs
 
-    With `share`, rank 0 compiles what is missing and the others, for up to `timeout_s`, wait for it. That needs all
-    ranks to find the same entries: nobody else may add any in the meantime. Without it they compile at the same time,
-    and on CPU the first one done gives up on the last after 30 s (Gloo).
+Loaded = Callable[[list[jax.Array]], list[list[jax.Array]]]
+"""Takes the flat arguments, global arrays; gives of each flat result this process's shards, in mesh order."""
+
+
+def program_flags(kind: str) -> tuple[str, ...]:
+    """The XLA flags that may change what a program for this kind of device computes."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    names = {f for f in flags.split() if not f.startswith("--xla_force_host_platform_device_count")}
+    return tuple(sorted(names | set(_missing_cpu_flags(flags) if kind == "cpu" else ())))
+
+
+def serialize_program(lowered: jax.stages.Lowered) -> bytes:
+    """Compile, as bytes. Never from JAX's own cache: on CPU a program from there has lost its code once serialised
+    again (seen in 0.10.2)."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # or what it was when it was first looked at would hold
+    try:
+        executable = lowered.compile()._executable.xla_executable  # type: ignore[attr-defined]
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+    backend = xla_bridge.get_backend()
+    if hasattr(backend, "serialize_executable"):
+        return backend.serialize_executable(executable)
+    return executable.serialize()
+
+
+def load_program(program: bytes, devices: Sequence[jax.Device]) -> Loaded:
+    """A serialised program on `devices`, in mesh order, as many as it was compiled for: another number would abort
+    the process. Which devices it was compiled on does not matter."""
+    ids = np.array([[d.id for d in devices]])
+    options = compiler.get_compile_options(num_replicas=1, num_partitions=len(devices), device_assignment=ids)
+    devices_list = _jax.DeviceList(tuple(devices))
+    executable = xla_bridge.get_backend().deserialize_executable(program, devices_list, options)
+
+    def run(arguments: list[jax.Array]) -> list[list[jax.Array]]:
+        return executable.execute_sharded(arguments).disassemble_into_single_device_arrays()
+
+    return run
+
+
+# Collectives that wait for a lost rank
+
+
+def _sockets() -> Iterator[socket.socket]:
+    """This process's sockets; each is closed again, and stays open where it is used."""
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(fd))) as s:
+                    yield s
+
+
+def cut_collectives(service_address: str) -> None:
+    """End the collectives that this process is inside of, after a peer was fenced. From any thread; may be repeated.
+
+    Gloo does not pass an abort on: a survivor that waits for another which has given up would wait for ever. So all
+    TCP sockets but the one to the JAX service are shut down. NCCL is aborted by XLA, which joins NCCL's service
+    threads: these sleep up to 0.5 s on a listening TCP socket and an abstract Unix one, so both are rung.
     """
-    jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if share:
-        # On CPU the devices' topology, as each process sees it, is part of the key: no two ranks would agree on one.
-        cache_key._hash_accelerator_config = cache_key._hash_devices
-        jax.config.update("jax_share_binary_between_hosts", True)
-        jax.config.update("jax_share_binary_between_hosts_timeout_ms", int(timeout_s * 1000))
+    if jax.default_backend() == "cpu":
+        _shut_gloo(re.sub(r".*:", "", service_address))
+    else:
+        _wake_nccl()
+
+
+def _shut_gloo(service_port: str) -> None:
+    for s in _sockets():
+        with contextlib.suppress(OSError):
+            is_tcp = s.type == socket.SOCK_STREAM and s.family in (socket.AF_INET, socket.AF_INET6)
+            if is_tcp and str(s.getpeername()[1]) != service_port:
+                s.shutdown(socket.SHUT_RDWR)
+
+
+def _wake_nccl() -> None:
+    for s in _sockets():
+        with contextlib.suppress(OSError):
+            if s.family == socket.AF_UNIX and s.type == socket.SOCK_DGRAM and s.getsockname():
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as c:
+                    c.setblocking(False)
+                    c.sendto(bytes(64), s.getsockname())
+            elif s.type == socket.SOCK_STREAM and s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                with socket.socket(s.family, socket.SOCK_STREAM) as c:
+                    c.settimeout(0.2)
+                    c.connect(s.getsockname())
+
+
+# Fencing, in the process of the service
+
+_TOPOLOGIES = ("cpu:global_topology/cpu", "cuda:global_topology/cuda")
+
+
+def fence(address: str, node: int) -> Any:
+    """Register a fresh, empty incarnation of a node: the service calls the old one stale, and what the others have in
+    flight with it fails. Returns the client, to be kept: one that is destroyed would disconnect."""
+    client = _jax.get_distributed_runtime_client(
+        address, node, init_timeout=10, heartbeat_timeout=30, shutdown_on_destruction=False
+    )
+    client.connect()
+    return client
+
+
+def forget_topology(client: Any) -> None:
+    """Before node 0 starts again: it writes the global topology, and finds it written. For no other node: that one
+    would wait for it for ever."""
+    for key in _TOPOLOGIES:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.key_value_delete(key)

@@ -4,11 +4,19 @@ All ranks of a mesh run the same compiled step in lockstep. Which step comes nex
 passes in the level it wishes (0: park, otherwise the number of a bucket, counted from 1), and the greatest comes back
 with the tokens. When all wish nothing all park; a doorbell, a number that only grows and that every rank is told, wakes
 them. A rank counts a bell as answered once all ranks have heard it (the agreed count of bells is the least), so a bell
-that reaches one rank a step earlier than another wakes both. No other word passes between ranks.
+that reaches one rank a step earlier than another wakes both. In the same way all learn after the same step that all
+have heard of a new epoch: then they leave, and enter it together. No other word passes between ranks.
+
+What a rank has on its device (parameters, cache) has the same shapes in every epoch. To enter one is to label the same
+buffers as parts of another mesh, with other programs and another routing table.
 """
 
+import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +24,24 @@ import numpy as np
 
 from moe_jax.attention import cache_shapes
 from moe_jax.batch_input import Layout, unpack_output
-from moe_jax.checkpoint import Checkpoint, load_params
+from moe_jax.checkpoint import Checkpoint, first_moe_layers, load_params, load_slots
 from moe_jax.config import Bucket, EngineConfig
-from moe_jax.executables import Executables
+from moe_jax.executables import Executables, Program
 from moe_jax.kernels.expert_ffn import prepare
-from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs, place_experts, routing_table
+from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs
+from moe_jax.placement import routing
 from moe_jax.request import Request, SamplingParams, TokenEvent
-from moe_jax.scheduler import Entry, Limits, Scheduler, Sequence, StepPlan
+from moe_jax.scheduler import Entry, Limits, Scheduler, StepPlan
+from moe_jax.scheduler import Sequence as Tokens
+
+Experts = Mapping[tuple[int, int], Mapping[str, np.ndarray]]  # weights by (layer with experts, expert), by parameter
 
 
 @dataclass(eq=False)
 class ScoreJob:
     """A token list whose log-probabilities are wanted, chunk by chunk."""
 
-    sequence: Sequence
+    sequence: Tokens
     chunk: int
     rows: list[np.ndarray] = field(default_factory=list)  # [count, V] float32 of each chunk done
 
@@ -49,32 +61,116 @@ class Rank:
 class Engine:
     """Serves the requests of this process's ranks. Not thread-safe: one thread adds, cancels and steps."""
 
-    def __init__(self, checkpoint: Checkpoint, config: EngineConfig, mesh: ExpertMesh) -> None:
-        """Loads what this process's ranks hold of the checkpoint."""
-        model = checkpoint.config
-        self.model, self.config, self.mesh = model, config, mesh
-        slot_experts = place_experts(model, mesh.size, config.slots_for(model.num_experts))
-        self.ranks = [Rank(Scheduler(Limits.of(config), config.prefix_caching)) for _ in mesh.local]
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        devices: Sequence[jax.Device],
+        slots: np.ndarray,
+        programs: Executables,
+    ) -> None:
+        """Loads what this process's ranks hold. slots [layers with experts, ranks of this process, slots] int32."""
+        self.model, self.config, self.checkpoint, self.programs = checkpoint.config, config, checkpoint, programs
+        self.own = ExpertMesh(tuple(devices))  # this process's ranks, in any epoch
+        self.slots = np.array(slots, np.int32)
+        self.ranks = [Rank(Scheduler(Limits.of(config), config.prefix_caching)) for _ in devices]
         self.buckets = config.buckets
         self.layouts = {bucket: Layout(bucket, config) for bucket in self.buckets}
-        self.executables = Executables(model, config, mesh)
-        loaded = [load_params(checkpoint, slot_experts[i], mesh.devices[i], config.dtype) for i in mesh.local]
-        for params in loaded:
+        self.params = [load_params(checkpoint, slots[:, i], device, config.dtype) for i, device in enumerate(devices)]
+        for params in self.params:
             for segment in params["segments"]:
                 segment |= {name: prepare(a) for name, a in segment.items() if name.startswith("experts_")}
-        self.params = jax.tree.map(lambda spec, *shards: mesh.assemble(list(shards), spec), param_specs(model), *loaded)
-        tables = [routing_table(slot_experts[:, i], model.num_experts) for i in range(model.num_moe_layers)]
-        self.table = mesh.put([np.stack(tables)] * len(mesh.local), REPLICATED)
         dtype = jnp.dtype(config.dtype)
         self.cache = {
-            name: mesh.assemble([jnp.zeros(shape, dtype, device=mesh.devices[i]) for i in mesh.local], STACKED)
-            for name, shape in cache_shapes(model, config).items()
+            name: self.own.assemble([jnp.zeros(shape, dtype, device=device) for device in devices], STACKED)
+            for name, shape in cache_shapes(self.model, config).items()
         }
+        self.mesh: ExpertMesh | None = None  # of the epoch; None: none has been entered, or it is lost
+        self.fixed: list[jax.Array] = []  # the step's leading arguments in this epoch: parameters and routing table
+        self._prepared: dict[tuple[jax.Device, ...], tuple[np.ndarray, list[jax.Array]]] = {}  # slots, what is fixed
+        self.epoch = 0
         self.level = 0  # agreed for the next step; 0: parked
         self.bells_heard = 0
         self.bells_answered = 0
+        self.epoch_heard = 0
+        self.epoch_agreed = 0
         self.steps = 0
         self.logits: dict[tuple[str, int], np.ndarray] = {}  # (request id, position) -> [V], with return_logits
+
+    # Epochs
+
+    def enter(self, epoch: int, mesh: ExpertMesh, slots: np.ndarray, fetched: Experts | None = None) -> float:
+        """Form `mesh`, with all ranks of it doing the same. slots [layers with experts, ranks of the mesh, slots].
+
+        Experts that this process should hold and does not are taken from `fetched`, or loaded. The next step is the
+        first of the epoch; nothing is agreed before it. Returns the seconds that experts took.
+        """
+        begun = time.monotonic()
+        self.hold(slots[:, list(mesh.local)], fetched or {})
+        seconds = time.monotonic() - begun
+        prepared = self._prepared.get(mesh.devices)
+        if prepared is not None and np.array_equal(prepared[0], slots):
+            self.fixed = prepared[1]
+        else:
+            self.fixed = self._fix(mesh, slots)
+        self._prepared.clear()
+        self.mesh, self.epoch, self.level, self.epoch_agreed = mesh, epoch, 0, -1
+        self.epoch_heard = max(self.epoch_heard, epoch)
+        return seconds
+
+    def _fix(self, mesh: ExpertMesh, slots: np.ndarray) -> list[jax.Array]:
+        table = routing(slots, self.model.num_experts, self.config.max_replicas)
+        params = jax.tree.map(lambda p, *shards: mesh.assemble(list(shards), p), param_specs(self.model), *self.params)
+        return [*jax.tree.leaves(params), mesh.put([table] * len(mesh.local), REPLICATED)]
+
+    def prepare(self, mesh: ExpertMesh, slots: np.ndarray) -> None:
+        """Make ready what `enter(…, mesh, slots)` takes, in a thread beside steps: a mesh that a loss would leave."""
+        if not self._changes(slots[:, list(mesh.local)]):
+            self._prepared[mesh.devices] = np.array(slots), self._fix(mesh, slots)
+        for bucket in self.buckets:
+            if not bucket.score:
+                self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
+
+    def leave(self) -> None:
+        """The epoch is over; no step until another one is entered."""
+        self.mesh = None
+
+    def hold(self, slots: np.ndarray, fetched: Experts) -> None:
+        """Make this process's slots what `slots` [layers with experts, ranks of this process, slots] says. -1: any."""
+        for layer, i, slot in self._changes(slots):
+            expert = int(slots[layer, i, slot])
+            weights = fetched.get((layer, expert)) or self._read(layer, expert)
+            self._set_slot(i, layer, slot, weights)
+            self.slots[layer, i, slot] = expert
+            self._prepared.clear()  # it holds the buffers that were donated
+
+    def fetch(self, slots: np.ndarray) -> Experts:
+        """Into host memory, what `hold(slots)` would need. May run in a thread beside steps."""
+        wanted = {(layer, int(slots[layer, i, slot])) for layer, i, slot in self._changes(slots)}
+        return {key: self._read(*key) for key in sorted(wanted)}
+
+    def prime(self) -> None:
+        """Compile what setting a slot takes, so that no repair has to."""
+        for i in range(len(self.ranks)):
+            for layer, slot in [(start, 0) for start in set(first_moe_layers(self.model)[:-1])]:
+                expert = int(self.slots[layer, i, slot])
+                if expert >= 0:
+                    self._set_slot(i, layer, slot, self._read(layer, expert))
+
+    def _changes(self, slots: np.ndarray) -> list[tuple[int, int, int]]:
+        return [tuple(at) for at in np.argwhere((slots != self.slots) & (slots >= 0)).tolist()]
+
+    def _read(self, layer: int, expert: int) -> dict[str, np.ndarray]:
+        arrays = load_slots(self.checkpoint, [(layer, expert)], self.config.dtype)
+        return {name: array[0] for name, array in arrays.items()}
+
+    def _set_slot(self, i: int, layer: int, slot: int, weights: Mapping[str, np.ndarray]) -> None:
+        starts = first_moe_layers(self.model)
+        number = int(np.searchsorted(starts, layer, side="right")) - 1
+        segment, at = self.params[i]["segments"][number], np.array([layer - starts[number], slot], np.int32)
+        for name, array in weights.items():
+            row = prepare(jax.device_put(array, self.own.devices[i]))
+            segment[name] = _set_row(segment[name], row, at)
 
     # Requests
 
@@ -96,7 +192,7 @@ class Engine:
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk: found {chunk}, expected at least 1")
         request = Request("score", tuple(token_ids), SamplingParams())
-        job = ScoreJob(Sequence(request, list(token_ids)), min(chunk or len(token_ids), self.config.max_prefill_rows))
+        job = ScoreJob(Tokens(request, list(token_ids)), min(chunk or len(token_ids), self.config.max_prefill_rows))
         self.ranks[rank].scores.append(job)
         return job
 
@@ -113,10 +209,12 @@ class Engine:
 
     @property
     def parked(self) -> bool:
-        """Whether there is nothing to do until a request arrives here or a doorbell rings."""
+        """Whether there is nothing to do until a request arrives here, a doorbell rings, or an epoch begins."""
+        if self.mesh is None:
+            return True
         if self.mesh.is_local:
             return not self.has_work
-        return self.level == 0 and self.bells_heard <= self.bells_answered
+        return self.level == 0 and self.bells_heard <= self.bells_answered and self.epoch_agreed >= 0
 
     # Steps
 
@@ -126,29 +224,35 @@ class Engine:
         Blocks until the other ranks have done theirs; raises jax.errors.JaxRuntimeError when one of them is lost, with
         this engine as it was before the step.
         """
-        alone = self.mesh.is_local
+        mesh = self.mesh
+        assert mesh is not None, "no epoch has been entered"
+        alone = mesh.is_local
         level = max(self._level(rank) for rank in self.ranks) if alone else self.level
         bucket = self.buckets[(level or 1) - 1]
-        layout = self.layouts[bucket]
         plans = [self._plan(rank, bucket) for rank in self.ranks]
         try:
             vectors = [
-                layout.pack(plan, 0 if alone else self._level(rank), self.bells_heard)
+                self.layouts[bucket].pack(
+                    plan, (0 if alone else self._level(rank), self.bells_heard, self.epoch_heard)
+                )[None]
                 for rank, plan in zip(self.ranks, plans, strict=True)
             ]
-            batch = self.mesh.put([v[None] for v in vectors], SHARDED)
-            out, new, logits = self.executables.step(bucket)(self.params, self.table, self.cache, batch)
-            outputs = [np.asarray(shard)[0] for shard in self.mesh.shards(out)]  # blocks: errors surface here
+            batch = mesh.put(vectors, SHARDED)
+            cache = [self._label(mesh, array) for array in self.cache.values()]
+            step = self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
+            out, *rest = step([*self.fixed, *cache, batch])
+            outputs = [np.asarray(shard)[0] for shard in out]  # blocks: errors surface here
         except BaseException:
             for rank, plan in zip(self.ranks, plans, strict=True):
                 self._discard(rank, plan, bucket)
             raise
-        self.cache = self.executables.write(bucket)(self.cache, new, batch)
+        new, logits = rest[: len(self.cache)], rest[len(self.cache) :]
+        self._write(bucket, new, vectors)
         self.steps += 1
-        seen = self.mesh.shards(logits) if logits is not None else [None] * len(self.ranks)
+        seen = logits[0] if logits else [None] * len(self.ranks)
         events: list[TokenEvent] = []
         for rank, plan, output, scores in zip(self.ranks, plans, outputs, seen, strict=True):
-            self.level, self.bells_answered, sampled = unpack_output(output, plan)
+            (self.level, self.bells_answered, self.epoch_agreed), sampled = unpack_output(output, plan)
             if bucket.score:
                 self._complete_score(rank, plan, np.asarray(scores)[0])
                 continue
@@ -157,14 +261,28 @@ class Engine:
             events += rank.scheduler.complete(plan, sampled)
         return events
 
+    def _label(self, mesh: ExpertMesh, array: jax.Array) -> jax.Array:
+        """A cache array of this process's ranks as their part of the mesh's."""
+        return array if mesh.devices == self.own.devices else mesh.assemble(self.own.shards(array), STACKED)
+
+    def _write(self, bucket: Bucket, new: list[list[jax.Array]], vectors: list[np.ndarray]) -> None:
+        """Put a step's K/V rows into the cache, which is donated. Nobody else takes part."""
+        own = self.own
+        write = self.programs.load(Program("write", bucket, own.size), own.devices)
+        rows = [own.assemble(shards, STACKED) for shards in new]
+        written = write([*self.cache.values(), *rows, own.put(vectors, SHARDED)])
+        self.cache = {name: own.assemble(a, STACKED) for name, a in zip(self.cache, written, strict=True)}
+
     def warm_up(self) -> None:
-        """Compile every program by running it on nothing. All ranks of the mesh must do it at the same time."""
+        """Run every program on nothing. All ranks of the mesh must do it at the same time."""
+        assert self.mesh is not None, "no epoch has been entered"
         for bucket in self.buckets:
-            empty = [self.layouts[bucket].pack(StepPlan(), 0, 0)[None] for _ in self.ranks]
-            batch = self.mesh.put(empty, SHARDED)
-            out, new, _ = self.executables.step(bucket)(self.params, self.table, self.cache, batch)
+            vectors = [self.layouts[bucket].pack(StepPlan())[None] for _ in self.ranks]
+            cache = [self._label(self.mesh, array) for array in self.cache.values()]
+            step = self.programs.load(Program("step", bucket, self.mesh.size), self.mesh.devices)
+            out, *rest = step([*self.fixed, *cache, self.mesh.put(vectors, SHARDED)])
             jax.block_until_ready(out)
-            self.cache = self.executables.write(bucket)(self.cache, new, batch)
+            self._write(bucket, rest[: len(self.cache)], vectors)
         jax.block_until_ready(self.cache)
 
     def _level(self, rank: Rank) -> int:
@@ -208,3 +326,9 @@ class Engine:
             if not job.sequence.remaining:
                 rank.scheduler.pool.release(job.sequence.pages)
                 rank.scores.popleft()
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_row(stack: jax.Array, row: jax.Array, at: Any) -> jax.Array:
+    """stack [layers, slots, *row.shape] with `row` at the layer and slot `at`."""
+    return jax.lax.dynamic_update_slice(stack, row[None, None], (at[0], at[1], *([0] * row.ndim)))

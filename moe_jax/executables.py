@@ -1,24 +1,33 @@
-"""The compiled programs of a mesh: for each bucket a step, and the write that follows it.
+"""The compiled programs of an engine: for each bucket a step, and the write that follows it.
 
 The step holds all collectives and donates nothing; the write holds none and donates the cache. A step that fails
 because a host died therefore leaves every buffer as it was.
+
+A program is compiled for a number of ranks, by any process that has so many devices of that kind, and then loaded for
+the devices of a mesh, which takes milliseconds. Changing the mesh compiles nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
 
-from moe_jax import attention
+from moe_jax import attention, programs
 from moe_jax.batch_input import Layout, pack_output
+from moe_jax.checkpoint import Checkpoint, param_types
 from moe_jax.config import Bucket, EngineConfig, ModelConfig
+from moe_jax.distributed import Loaded, load_program, serialize_program
+from moe_jax.kernels.expert_ffn import prepared_dtype
 from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs
 from moe_jax.model import Run, forward, logits
 from moe_jax.moe import AXIS, Dispatch
+from moe_jax.params import stacked_shapes
 from moe_jax.sampling import log_softmax, sample
 
 
@@ -37,20 +46,96 @@ compilations = CompileCounter()
 
 
 @dataclass(frozen=True)
+class Program:
+    """Which program: a step for a mesh of `ranks`, or a write for so many ranks of one process."""
+
+    kind: Literal["step", "write"]
+    bucket: Bucket
+    ranks: int
+
+
+@dataclass(frozen=True)
 class Executables:
-    """Programs for one mesh, compiled when they are first called; `Engine.warm_up` calls each of them."""
+    """The programs of one configuration. `types` is the pytree of the parameters' dtypes."""
 
     model: ModelConfig
     engine: EngineConfig
-    mesh: ExpertMesh
-    _steps: dict[Bucket, Callable[..., Any]] = field(default_factory=dict, repr=False)
-    _writes: dict[Bucket, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    types: Any
+    kind: str  # of device
+    store: programs.ProgramStore
+    _loaded: dict[tuple[Program, tuple[int, ...]], Loaded] = field(default_factory=dict, repr=False)
 
-    def run(self, bucket: Bucket) -> Run:
+    @staticmethod
+    def of(checkpoint: Checkpoint, engine: EngineConfig, kind: str, store: programs.ProgramStore) -> "Executables":
+        """kind: of the device, "cpu" or a GPU's name, as precisely as programs depend on it."""
+        platform = "cpu" if kind == "cpu" else "cuda"
+        types = param_types(checkpoint, engine.dtype)
+        types["segments"] = [
+            {n: prepared_dtype(t, platform) if n.startswith("experts_") else t for n, t in segment.items()}
+            for segment in types["segments"]
+        ]
+        return Executables(checkpoint.config, engine, types, kind, store)
+
+    def wanted(self, ranks: int, local: int = 1) -> list[Program]:
+        """What a mesh of `ranks`, `local` of them in this process, needs; most urgent first."""
+        kinds: tuple[tuple[Literal["step", "write"], int], ...] = (("step", ranks), ("write", local))
+        return [Program(kind, bucket, size) for bucket in self.engine.buckets for kind, size in kinds]
+
+    def key(self, program: Program) -> str:
+        types = [str(t) for t in jax.tree.leaves(self.types)]
+        return programs.key(self.kind, self.model, self.engine, types, program)
+
+    def missing(self, wanted: Sequence[Program]) -> list[Program]:
+        return [p for p in wanted if not self.store.has(self.key(p))]
+
+    def load(self, program: Program, devices: Sequence[jax.Device]) -> Loaded:
+        """The program for these devices; compiled here if it is nowhere at hand."""
+        at = program, tuple(d.id for d in devices)
+        if at not in self._loaded:
+            raw = self.store.get(self.key(program)) or self.compile(program, devices)
+            self._loaded[at] = load_program(raw, devices)
+        return self._loaded[at]
+
+    def keep_only(self, *meshes: Sequence[jax.Device]) -> None:
+        """Forget what was loaded for other meshes."""
+        ids = {tuple(d.id for d in mesh) for mesh in meshes}
+        for at in [at for at in self._loaded if at[1] not in ids]:
+            del self._loaded[at]
+
+    def compile(self, program: Program, devices: Sequence[jax.Device]) -> bytes:
+        """Compile for any `program.ranks` devices, and keep it."""
+        mesh = ExpertMesh(tuple(devices))
+        assert mesh.size == program.ranks, (program, devices)
+        build = self.step if program.kind == "step" else self.write
+        raw = serialize_program(build(program.bucket, mesh).lower(*self.arguments(program, mesh)))
+        self.store.put(self.key(program), raw)
+        return raw
+
+    def arguments(self, program: Program, mesh: ExpertMesh) -> tuple[Any, ...]:
+        """Shapes, dtypes and shardings of a program's arguments."""
+        model, engine, bucket = self.model, self.engine, program.bucket
+
+        def spec(shape: tuple[int, ...], dtype: Any, p: Any) -> jax.ShapeDtypeStruct:
+            shape = mesh.global_shape(shape, p)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh.mesh, p))
+
+        cache = {n: spec(s, engine.dtype, STACKED) for n, s in attention.cache_shapes(model, engine).items()}
+        batch = spec((1, Layout(bucket, engine).size), np.int32, SHARDED)
+        if program.kind == "write":
+            new = attention.new_shapes(model, bucket.rows)
+            return cache, {n: spec(s, engine.dtype, STACKED) for n, s in new.items()}, batch
+        shapes = jax.tree.map(lambda s: s[1], stacked_shapes(model, engine.slots_for(model.num_experts)), is_leaf=_pair)
+        params = jax.tree.map(
+            lambda shape, t, p: spec(shape, t, p), shapes, self.types, param_specs(model), is_leaf=_shape
+        )
+        table = (model.num_moe_layers, model.num_experts, engine.max_replicas)
+        return params, spec(table, np.int32, REPLICATED), cache, batch
+
+    def run(self, bucket: Bucket, ranks: int) -> Run:
         e = self.engine
         return Run(
             self.model,
-            Dispatch(self.mesh.size),
+            Dispatch(ranks),
             jnp.dtype(e.dtype),
             e.row_tile,
             e.expert_tile,
@@ -59,19 +144,20 @@ class Executables:
             e.kernels == "reference",
         )
 
-    def step(self, bucket: Bucket) -> Callable[..., Any]:
+    def step(self, bucket: Bucket, mesh: ExpertMesh) -> Any:
         """(params, table, cache, batch [ranks, size]) -> (output [ranks, words], new K/V rows, logits or None)."""
-        if bucket not in self._steps:
-            self._steps[bucket] = self._build(bucket)
-        return self._steps[bucket]
+        run, layout, engine = self.run(bucket, mesh.size), Layout(bucket, self.engine), self.engine
 
-    def _build(self, bucket: Bucket) -> Callable[..., Any]:
-        run, layout, engine = self.run(bucket), Layout(bucket, self.engine), self.engine
+        def agree(wish: jax.Array) -> jax.Array:
+            """wish [3]: the wanted level, the bells heard, the epoch known. All get the greatest level and the least
+            of the others, what every rank has heard of."""
+            sign = jnp.array([1, -1, -1], wish.dtype)
+            return lax.pmax(wish * sign, AXIS) * sign if mesh.size > 1 else wish
 
-        @jax.jit
+        @partial(jax.jit, keep_unused=True)
         @partial(
             jax.shard_map,
-            mesh=self.mesh.mesh,
+            mesh=mesh.mesh,
             in_specs=(param_specs(self.model), REPLICATED, STACKED, SHARDED),
             out_specs=(SHARDED, STACKED, SHARDED),
             check_vma=False,
@@ -81,34 +167,35 @@ class Executables:
             x, new = forward(run, params, table, cache, b.token, b.position, b.entries, b.page >= 0)
             if bucket.score:
                 scores = logits(run, params, x, b.entries.num_tiles * engine.row_tile)
-                return self._agree(b.wish)[None], new, log_softmax(scores)[None]
+                return agree(b.wish)[None], new, log_softmax(scores)[None]
             scores = logits(run, params, x[b.sample_row], b.num_sampled)
-            out = pack_output(self._agree(b.wish), sample(scores, b.sampling, b.want_top))
+            out = pack_output(agree(b.wish), sample(scores, b.sampling, b.want_top))
             return out[None], new, scores[None] if engine.return_logits else None
 
         return step
 
-    def _agree(self, wish: jax.Array) -> jax.Array:
-        """wish [2]: the wanted level and the bells heard. All ranks get the greatest level and the fewest bells."""
-        sign = jnp.array([1, -1], wish.dtype)
-        return lax.pmax(wish * sign, AXIS) * sign if self.mesh.size > 1 else wish
-
-    def write(self, bucket: Bucket) -> Callable[..., Any]:
+    def write(self, bucket: Bucket, mesh: ExpertMesh) -> Any:
         """(cache, new K/V rows, batch) -> cache. The cache is donated."""
-        if bucket not in self._writes:
-            layout = Layout(bucket, self.engine)
+        layout = Layout(bucket, self.engine)
 
-            @partial(jax.jit, donate_argnums=0)
-            @partial(
-                jax.shard_map,
-                mesh=self.mesh.mesh,
-                in_specs=(STACKED, STACKED, SHARDED),
-                out_specs=STACKED,
-                check_vma=False,
-            )
-            def write(cache: attention.Cache, new: attention.Cache, batch: jax.Array) -> attention.Cache:
-                b = layout.unpack(batch[0])
-                return attention.write(cache, new, b.position, b.page)
+        @partial(jax.jit, donate_argnums=0, keep_unused=True)
+        @partial(
+            jax.shard_map,
+            mesh=mesh.mesh,
+            in_specs=(STACKED, STACKED, SHARDED),
+            out_specs=STACKED,
+            check_vma=False,
+        )
+        def write(cache: attention.Cache, new: attention.Cache, batch: jax.Array) -> attention.Cache:
+            b = layout.unpack(batch[0])
+            return attention.write(cache, new, b.position, b.page)
 
-            self._writes[bucket] = write
-        return self._writes[bucket]
+        return write
+
+
+def _pair(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], tuple)
+
+
+def _shape(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(n, int) for n in x)

@@ -25,8 +25,8 @@ from moe_jax.scheduler import QueueFull
 from moe_jax.text import Detokenizer, Tokenizer
 
 Prompt = str | Sequence[int]
-# Of `serving.launcher`; one host has no use for them.
-CLUSTER_OPTIONS = ("cache_dir", "startup_timeout", "stall_timeout")
+# Of `serving.cluster_backend`; one host has no use for them.
+CLUSTER_OPTIONS = ("cache_dir", "startup_timeout", "stall_timeout", "heartbeat_timeout", "window", "restart")
 
 
 class Backend(Protocol):
@@ -154,7 +154,7 @@ class LLM:
             own = {name: value for name, value in options.items() if name not in CLUSTER_OPTIONS}
             self._backend = LocalBackend(path, ranks_per_host, load_format, own)
         else:
-            from serving.launcher import ClusterBackend
+            from serving.cluster_backend import ClusterBackend
 
             self._backend = ClusterBackend(path, hosts, ranks_per_host, load_format, options)
         self._eos = self.tokenizer.eos_token_ids or self.config.eos_token_ids

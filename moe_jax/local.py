@@ -7,19 +7,39 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.checkpoint import open_checkpoint
-from moe_jax.config import ConfigError
+from moe_jax.checkpoint import Checkpoint, open_checkpoint
+from moe_jax.config import ConfigError, EngineConfig
 from moe_jax.distributed import set_cpu_devices
 from moe_jax.engine import Engine
+from moe_jax.executables import Executables
 from moe_jax.llm import engine_config
-from moe_jax.mesh import ExpertMesh
+from moe_jax.placement import plan
+from moe_jax.programs import ProgramStore
 from moe_jax.request import Request, TokenEvent
+
+
+def local_engine(
+    checkpoint: Checkpoint, config: EngineConfig, devices: Sequence[jax.Device], store: ProgramStore
+) -> Engine:
+    """An engine whose mesh is all this process's own."""
+    model = checkpoint.config
+    hosts = [f"rank{i}" for i in range(len(devices))]
+    count = config.slots_for(model.num_experts)
+    slots = plan(model.num_moe_layers, model.num_experts, hosts, count, config.replication)
+    kind = devices[0].platform if devices[0].platform == "cpu" else devices[0].device_kind
+    engine = Engine(checkpoint, config, devices, slots, Executables.of(checkpoint, config, kind, store))
+    engine.enter(1, engine.own, slots)
+    return engine
 
 
 class LocalBackend:
     """All ranks in this process, one local device each."""
 
-    def __init__(self, path: Path, ranks: int, load_format: Any, options: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, ranks: int, load_format: Any, options: dict[str, Any], store: ProgramStore | None = None
+    ) -> None:
+        """store: where compiled programs are kept."""
+        store = store or ProgramStore(None)
         checkpoint = open_checkpoint(path, load_format)
         set_cpu_devices(ranks)
         if len(jax.devices()) < ranks:
@@ -29,7 +49,7 @@ class LocalBackend:
             )
         config = engine_config(checkpoint.config, ranks, jax.devices()[0].platform, **options)
         self.model, self.config = checkpoint.config, config
-        self.engine: Engine | None = Engine(checkpoint, config, ExpertMesh(tuple(jax.devices()[:ranks])))
+        self.engine: Engine | None = local_engine(checkpoint, config, jax.devices()[:ranks], store)
         self.engine.warm_up()
         self._rank_of: dict[str, int] = {}
 

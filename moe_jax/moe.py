@@ -59,12 +59,12 @@ def choose_slots(ids: jax.Array, table: jax.Array, spread: bool) -> jax.Array:
     ids [M, C]; table [E, R] int32: the live slots of each expert, primary first, -1 where there are fewer. Decode reads
     each hit expert once, at its primary; with `spread`, which pays where arithmetic is the bound, rows take turns.
     """
-    slots = table[jnp.maximum(ids, 0)]  # [M, C, R]
-    turn = 0
-    if spread and table.shape[1] > 1:
-        live = jnp.maximum((slots >= 0).sum(-1), 1)
-        turn = jnp.arange(ids.shape[0])[:, None] % live
-    slot = jnp.take_along_axis(slots, jnp.broadcast_to(turn, ids.shape)[..., None], axis=-1)[..., 0]
+    if not spread or table.shape[1] == 1:
+        slot = table[jnp.maximum(ids, 0), 0]
+    else:
+        slots = table[jnp.maximum(ids, 0)]  # [M, C, R]
+        turn = jnp.arange(ids.shape[0])[:, None] % jnp.maximum((slots >= 0).sum(-1), 1)
+        slot = jnp.take_along_axis(slots, jnp.broadcast_to(turn, ids.shape)[..., None], axis=-1)[..., 0]
     return jnp.where(ids < 0, -1, slot)
 
 

@@ -34,7 +34,7 @@ from rich.table import Table
 import moe_jax.engine
 from moe_jax import LLM, SamplingParams
 from moe_jax.batch_input import Layout
-from moe_jax.executables import Executables
+from moe_jax.executables import Executables, Program
 from moe_jax.llm import model_directory
 from moe_jax.mesh import ExpertMesh
 from moe_jax.text import Tokenizer
@@ -214,27 +214,24 @@ def host_phases() -> Iterator[dict[str, float]]:
         undo.append((owner, name, getattr(owner, name)))
         setattr(owner, name, make(getattr(owner, name)))
 
-    def step_program(build: Any) -> Any:
-        def build_timed(self: Executables, bucket: Any) -> Any:
-            program = clocked("dispatch of the step", build(self, bucket))
+    def loaded(load: Any) -> Any:
+        def load_timed(self: Executables, program: Program, devices: Any) -> Any:
+            run = load(self, program, devices)
+            if program.kind == "write":
+                if device_since:
+                    spent["wait for the step"] += time.perf_counter() - device_since
+                return clocked("dispatch of the write", run)
+            run = clocked("dispatch of the step", run)
 
-            def run(*args: Any) -> Any:
+            def run_step(*args: Any) -> Any:
                 nonlocal device_since
-                out = program(*args)
+                out = run(*args)
                 device_since = time.perf_counter()
                 return out
 
-            return run
+            return run_step
 
-        return build_timed
-
-    def write_program(build: Any) -> Any:
-        def build_timed(self: Executables, bucket: Any) -> Any:
-            if device_since:
-                spent["wait for the step"] += time.perf_counter() - device_since
-            return clocked("dispatch of the write", build(self, bucket))
-
-        return build_timed
+        return load_timed
 
     engine = moe_jax.engine
     for phase, owner, name in (
@@ -247,8 +244,7 @@ def host_phases() -> Iterator[dict[str, float]]:
         ("all", engine.Engine, "step"),
     ):
         replace(owner, name, functools.partial(clocked, phase))
-    replace(Executables, "step", step_program)
-    replace(Executables, "write", write_program)
+    replace(Executables, "load", loaded)
     try:
         yield spent
     finally:

@@ -1,15 +1,21 @@
-"""`make demo`: the model that ships with the package, on four hosts as four processes, streaming a few prompts."""
+"""`make demo`: the model that ships with the package, on four hosts as four processes, streaming a few prompts while one
+host is killed mid-sentence and comes back."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.rule import Rule
+from rich.table import Table
 from rich.text import Text
 
 from moe_jax import LLM, SamplingParams
@@ -23,28 +29,78 @@ PROMPTS = [
     "It was a dark and stormy night, and",
     "<|im_start|>user\nWhat does the word ocean mean?<|im_end|>\n<|im_start|>assistant\n",
 ]
+PHASES = {
+    "detect": "the host's connection breaks, or its heartbeats stop",
+    "fence": "it is shut out of the mesh, and the others' collectives are aborted",
+    "agree": "the survivors are numbered as a new epoch, which is announced; they meet",
+    "load": "experts are loaded that nobody holds any more",
+    "rebuild": "the same arrays are labelled as parts of a smaller mesh, with programs compiled before",
+    "resume": "to the first token, with lost requests prefilled elsewhere",
+}
+RETURN = 120.0  # seconds that a killed host may take to come back
+COLOURS = {"live": "green", "joining": "yellow", "lost": "red"}
+
+
+@dataclass
+class Streams:
+    """What has come after each prompt."""
+
+    texts: list[str] = field(default_factory=lambda: [""] * len(PROMPTS))
+    tokens: list[list[int]] = field(default_factory=lambda: [[] for _ in PROMPTS])
+    left: set[int] = field(default_factory=lambda: set(range(len(PROMPTS))))
+    last: dict[int, float] = field(default_factory=dict)  # when a stream's last token came
+    pause: float = 0.0  # seconds: the longest between two tokens of one stream
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.tokens))
+
+    def take(self, i: int, update: Update) -> bool:
+        """Whether stream `i` has ended with it."""
+        now = time.perf_counter()
+        self.pause = max(self.pause, now - self.last.get(i, now))
+        self.last[i] = now
+        self.texts[i] += update.text
+        self.tokens[i] += update.token_ids
+        if update.finish_reason is not None:
+            self.left.discard(i)
+        return update.finish_reason is not None
+
+
+class Hosts:
+    """The cluster behind an `LLM`, for those who want to see it suffer."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._backend: Any = llm._backend
+
+    def status(self) -> dict[str, Any]:
+        return self._backend.status()
+
+    def kill(self, host: str) -> list[int]:
+        """SIGKILL to all processes of a host; their ids."""
+        ranks = [r for r in self.status()["ranks"] if r["host"] == host and r["supervisor_pid"]]
+        for rank in ranks:
+            os.killpg(rank["supervisor_pid"], signal.SIGKILL)  # the engine is in its group
+        return [pid for rank in ranks for pid in (rank["supervisor_pid"], rank["pid"])]
+
+    def describe(self) -> Text:
+        """One line: who lives, and what the cluster is doing."""
+        status, parts = self.status(), [Text()]
+        for rank in status["ranks"]:
+            parts.append(Text(f"{rank['host']} {rank['state']}  ", COLOURS[rank["state"]]))
+        return Text.assemble(*parts, f"epoch {status['epoch']}, {status['state']}")
 
 
 def describe(llm: LLM, hosts: int, seconds: float) -> str:
     c, e = llm.config, llm.engine_config
-    pids = getattr(llm._backend, "pids", [])
-    processes = f"{hosts} hosts, processes {' '.join(map(str, pids))}" if pids else "this process"
+    pids = [rank["pid"] for rank in Hosts(llm).status()["ranks"]]
     slots = e.slots_for(c.num_experts)
     return (
         f"{c.num_layers} layers, {c.num_experts} experts with top-{c.top_k} routing, {e.dtype}\n"
-        f"{processes}; a mesh of {e.ranks} ranks, each with {slots} expert slots a layer\n"
+        f"{hosts} hosts, processes {' '.join(map(str, pids))}; a mesh of {e.ranks} ranks, each with {slots} expert "
+        f"slots a layer\n"
         f"ready after {seconds:.1f} s"
     )
-
-
-def stream(llm: LLM, params: SamplingParams) -> Iterator[list[Update]]:
-    for i, prompt in enumerate(PROMPTS):
-        llm.submit(prompt, params, request_id=str(i))
-    left = len(PROMPTS)
-    while left:
-        updates = llm.poll()
-        left -= sum(u.finish_reason is not None for u in updates)
-        yield updates
 
 
 def label(prompt: str) -> str:
@@ -52,47 +108,136 @@ def label(prompt: str) -> str:
     return prompt.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
 
 
-def main() -> None:
+def serve(llm: LLM, params: SamplingParams, look: Callable[[Streams, list[int]], None]) -> Streams:
+    """Stream all prompts. `look` is called several times a second with what there is, and the streams that ended."""
+    streams, number = Streams(), {llm.submit(prompt, params): i for i, prompt in enumerate(PROMPTS)}
+    while streams.left:
+        updates = [(number[update.request_id], update) for update in llm.poll(0.1)]
+        look(streams, [i for i, update in updates if streams.take(i, update)])
+    return streams
+
+
+class Screen:
+    """The streams as they grow: all at once on a terminal, else each when it has ended."""
+
+    def __init__(self, console: Console, hosts: Hosts) -> None:
+        self._console, self._hosts = console, hosts
+        self._live = Live(console=console, auto_refresh=False) if sys.stdout.isatty() else None
+
+    def __enter__(self) -> Screen:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, streams: Streams, ended: list[int]) -> None:
+        if self._live:
+            rows = [part for i in range(len(PROMPTS)) for part in (Rule(style="dim"), _shown(streams, i))]
+            self._live.update(Group(*rows, Rule(style="dim"), self._hosts.describe()), refresh=True)
+        else:
+            for i in ended:
+                self._console.print(_shown(streams, i), "\n", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, style="bold red", highlight=False, soft_wrap=True)
+
+
+def _shown(streams: Streams, i: int) -> Text:
+    between = "\n  " if "<|" in PROMPTS[i] else ""
+    return Text.assemble((label(PROMPTS[i]), "bold"), between, " ".join(streams.texts[i].split(" ")))
+
+
+def serve_and_kill(llm: LLM, params: SamplingParams, console: Console, victim: str, at: int) -> tuple[Streams, float]:
+    """Stream all prompts, and kill a host once `at` tokens are there. Also the time of the kill, by perf_counter."""
+    hosts, killed = Hosts(llm), 0.0
+    with Screen(console, hosts) as screen:
+
+        def look(streams: Streams, ended: list[int]) -> None:
+            nonlocal killed
+            screen.show(streams, ended)
+            if not killed and streams.count >= at:
+                killed = time.perf_counter()
+                pids = hosts.kill(victim)
+                screen.say(f"kill -9 {' '.join(map(str, pids))}: {victim} is gone, after {streams.count} tokens\n")
+
+        return serve(llm, params, look), killed
+
+
+def timeline(recovery: dict[str, Any], streams: Streams) -> Table:
+    table = Table("", "ms", "", title=f"From epoch {recovery['epoch'] - 1} to {recovery['epoch']}", title_justify="left")
+    for phase, meaning in PHASES.items():
+        ms = recovery[f"{phase}_ms"]
+        table.add_row(phase, "" if ms is None else f"{ms:.1f}", meaning)
+    table.add_section()
+    table.add_row("pause", f"{1e3 * streams.pause:.0f}", "the longest between two tokens of a stream, as read here")
+    table.columns[1].justify = "right"
+    return table
+
+
+def wait_for(hosts: Hosts, victim: str) -> dict[str, Any]:
+    """The status once the host is back. Raises TimeoutError."""
+    deadline = time.monotonic() + RETURN
+    while True:
+        status = hosts.status()
+        if status["state"] == "SERVING" and all(r["state"] == "live" for r in status["ranks"]):
+            return status
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{victim} is not back after {RETURN:g} s; the cluster is {status['state']}")
+        time.sleep(0.02)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--hosts", type=int, default=4, help="processes")
+    parser.add_argument("--hosts", type=int, default=4, help="processes, at least 2")
+    parser.add_argument("--kill", type=int, metavar="I", help="the host to kill (default: the one in the middle)")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens after each prompt")
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
+    if args.hosts < 2:
+        parser.error(f"--hosts: found {args.hosts}, expected at least 2, since one is killed")
+    if args.kill is not None and not 0 <= args.kill < args.hosts:
+        parser.error(f"--kill: found {args.kill}, expected 0 to {args.hosts - 1}")
+    victim = f"host{args.hosts // 2 if args.kill is None else args.kill}"
 
     console = Console()
     console.print(f"Starting {args.hosts} hosts. The first start compiles; later ones find the programs kept.")
     begun = time.perf_counter()
     params = SamplingParams(max_tokens=args.max_tokens, temperature=0.7, top_k=40, seed=args.seed)
     with LLM("demo", hosts=args.hosts) as llm:
-        about = describe(llm, args.hosts, time.perf_counter() - begun)
-        console.print(about, highlight=False, soft_wrap=True)
-        texts, tokens, begun = [""] * len(PROMPTS), 0, time.perf_counter()
+        hosts = Hosts(llm)
+        console.print(describe(llm, args.hosts, time.perf_counter() - begun), highlight=False, soft_wrap=True)
 
-        def shown(i: int) -> Text:
-            between = "\n  " if "<|" in PROMPTS[i] else ""
-            return Text.assemble((label(PROMPTS[i]), "bold"), between, " ".join(texts[i].split(" ")))
-
-        def screen() -> Group:
-            return Group(*(part for i in range(len(PROMPTS)) for part in (Rule(style="dim"), shown(i))))
-
-        live = Live(console=console, auto_refresh=False) if sys.stdout.isatty() else None
-        if live:
-            live.start()
-        try:
-            for updates in stream(llm, params):
-                for u in updates:
-                    texts[int(u.request_id)] += u.text
-                    tokens += len(u.token_ids)
-                    if u.finish_reason is not None and not live:
-                        console.print(shown(int(u.request_id)), "\n", soft_wrap=True)
-                if live:
-                    live.update(screen(), refresh=True)
-        finally:
-            if live:
-                live.stop()
+        begun = time.perf_counter()
+        expected = serve(llm, params, lambda streams, ended: None)
         seconds = time.perf_counter() - begun
-        console.print(f"{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s", highlight=False)
+        console.print(
+            f"{len(PROMPTS)} prompts undisturbed: {expected.count} tokens in {seconds:.1f} s, "
+            f"{expected.count / seconds:.0f} tokens/s\n"
+            f"The same once more, and {victim} will be killed:\n",
+            highlight=False,
+        )
+        streams, killed = serve_and_kill(llm, params, console, victim, expected.count // 3)
+        recovery = next(r for r in hosts.status()["recoveries"] if r["lost"])
+        console.print(timeline(recovery, streams), highlight=False)
+
+        status = wait_for(hosts, victim)
+        pids = [r["pid"] for r in status["ranks"] if r["host"] == victim]
+        console.print(
+            f"{victim} is back {time.perf_counter() - killed:.1f} s after the kill or sooner: process "
+            f"{' '.join(map(str, pids))}, epoch {status['epoch']}, {status['experts']['missing']} experts missing",
+            highlight=False,
+        )
+        same = sum(a == b for a, b in zip(streams.tokens, expected.tokens, strict=True))
+        console.print(
+            f"{same} of {len(PROMPTS)} texts are the same as without the kill, token for token",
+            style="bold green" if same == len(PROMPTS) else "bold red",
+            highlight=False,
+        )
+    return 0 if same == len(PROMPTS) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -40,6 +40,19 @@ def encode(body: dict[str, Any], blob: bytes | memoryview = b"") -> bytes:
     return b"".join((_HEADER.pack(len(text), len(blob)), text, blob))
 
 
+def whole_frames(data: bytes | bytearray) -> int:
+    """How many of the first bytes of `data` are whole frames. Raises ValueError when the stream is broken."""
+    end = 0
+    while len(data) - end >= _HEADER.size:
+        text, blob = _HEADER.unpack_from(data, end)
+        if max(text, blob) > MAX_MESSAGE:
+            raise ValueError(f"message: found a length of {max(text, blob)} bytes, expected at most {MAX_MESSAGE}")
+        if len(data) - end < _HEADER.size + text + blob:
+            break
+        end += _HEADER.size + text + blob
+    return end
+
+
 class Decoder:
     """Cuts a stream of bytes, however it arrives, into messages."""
 

@@ -1,6 +1,7 @@
-"""A child process with a channel to it and a log. It ends with the process that started it (serving.inbox).
+"""A child process with a Unix socket to it and a log. It ends with the process that started it (serving.inbox).
 
-The log is a file without a name, so that nothing is left behind however this ends; /proc/PID/fd/2 shows it meanwhile.
+Without a file for it the log has no name, so that nothing is left behind however this ends; /proc/PID/fd/2 shows it
+meanwhile.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from serving.channel import Channel
 
@@ -22,15 +24,28 @@ _TAIL = 2000  # bytes of the log in an error
 
 
 class Child:
-    """`python -m MODULE ARGUMENTS`, where "{fd}" among the arguments becomes the number of its end of the channel."""
+    """`python -m MODULE ARGUMENTS`, where "{fd}" among the arguments becomes the number of its end of the socket.
+
+    `channel` blocks, for those who have no event loop; `channel.fileno()` is for those who do (serving.pipe).
+    """
 
     def __init__(
-        self, name: str, module: str, arguments: Sequence[str], environ: Mapping[str, str], timeout: float
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        environ: Mapping[str, str],
+        timeout: float | None = None,
+        log: Path | int | None = None,
+        session: bool = True,
     ) -> None:
-        """`name` is for errors. `timeout`: seconds that a send may take."""
-        self.name, self._log = name, tempfile.TemporaryFile()  # noqa: SIM115
-        # Appending, the child may cut it short at any time.
-        fcntl.fcntl(self._log, fcntl.F_SETFL, fcntl.fcntl(self._log, fcntl.F_GETFL) | os.O_APPEND)
+        """`name` is for errors. `timeout`: seconds that a send on `channel` may take.
+
+        log: a file to append to, a file descriptor to share, or None for a nameless file. session: whether it leads a
+        session and a process group of its own, so that neither a Ctrl-C in the terminal nor its parent's end of the
+        group reaches it.
+        """
+        self.name, self._log = name, _open_log(log)
         self.channel, theirs = Channel.pair(timeout)
         command = [a.replace("{fd}", str(theirs.fileno())) for a in arguments]
         with theirs:
@@ -41,8 +56,13 @@ class Child:
                 stderr=self._log,
                 env=dict(environ),
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a Ctrl-C in the terminal is for the parent to handle
+                start_new_session=session,
             )
+        self._session = session
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     @property
     def ended(self) -> bool:
@@ -54,11 +74,24 @@ class Child:
         return (self.process.poll() or 0) < 0
 
     @property
+    def state(self) -> str:
+        """One letter of proc(5): "R" runs, "S" sleeps, "T" and "t" are stopped, "Z" has ended and "X" is gone."""
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return "X"
+
+    @property
     def stopped(self) -> bool:
         """Whether it stands still, by SIGSTOP or a debugger."""
-        with contextlib.suppress(OSError):
-            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] in "tT"
-        return False
+        return self.state in "tT"
+
+    def kill(self) -> None:
+        """SIGKILL, to it and if it leads a session to whatever it started there."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self._session:
+                os.killpg(self.pid, signal.SIGKILL)
+            elif not self.ended:
+                self.process.kill()
 
     def describe(self, said: str | None = None) -> str:
         """What became of it, for an error message; `said` is what it said itself."""
@@ -69,17 +102,25 @@ class Child:
             fate = f"was ended by {_signal_name(-code)}"
         else:
             fate = f"ended with exit code {code}"
-        text = f"{self.name}: process {self.process.pid} {fate}"
+        text = f"{self.name}: process {self.pid} {fate}"
         if said is not None:
             text += f": {said}"
         tail = self.log_tail()
         return f"{text}\nthe end of its log:\n{tail}" if tail else f"{text}; its log is empty"
 
     def log_tail(self) -> str:
-        """The last lines of what it wrote."""
+        """The last lines of what it wrote; nothing if that went to a terminal or a pipe."""
         fd = self._log.fileno()
-        size = os.fstat(fd).st_size
-        return os.pread(fd, _TAIL, max(0, size - _TAIL)).decode(errors="replace").strip()
+        try:
+            size = os.fstat(fd).st_size
+            return os.pread(fd, _TAIL, max(0, size - _TAIL)).decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+    def close(self) -> None:
+        """Let go of the socket and the log. The process is not touched, but sees the socket end."""
+        self.channel.close()
+        self._log.close()
 
 
 def end(children: Sequence[Child], patience: float = 2.0) -> None:
@@ -88,8 +129,6 @@ def end(children: Sequence[Child], patience: float = 2.0) -> None:
         child.channel.close()
     for send_signal in (None, signal.SIGTERM, signal.SIGKILL):
         left = [child for child in children if not child.ended]
-        if not left:
-            return
         for child in left:
             if send_signal is not None:
                 with contextlib.suppress(ProcessLookupError):
@@ -98,6 +137,17 @@ def end(children: Sequence[Child], patience: float = 2.0) -> None:
         for child in left:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _open_log(log: Path | int | None) -> BinaryIO:
+    """Opened for appending: then the child may cut it short at any time."""
+    if isinstance(log, int):
+        return os.fdopen(os.dup(log), "rb", buffering=0, closefd=True)  # type: ignore[return-value]
+    if log is not None:
+        return log.open("a+b", buffering=0)
+    file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
+    return file  # type: ignore[return-value]
 
 
 def _signal_name(number: int) -> str:

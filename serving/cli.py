@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ LLMFactory = Callable[..., Any]  # called as LLM is; returns a context manager t
 
 class UsageError(Exception):
     """What the user must change; becomes one line on stderr and exit code 2."""
+
+
+class Failure(Exception):
+    """What went wrong for another reason; becomes one line on stderr and exit code 1."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def main(argv: Sequence[str] | None = None, llm_factory: LLMFactory | None = Non
     except KeyboardInterrupt:
         _say(command, "interrupted")
         return 130
-    except OSError as error:  # the disk is full, a file vanished
+    except (Failure, OSError) as error:  # the disk is full, a file vanished
         _say(command, str(error))
         return 1
 
@@ -278,6 +283,181 @@ def run_convert(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     return 0
 
 
+# -- serve ----------------------------------------------------------------------------------------------------------
+
+_ADDRESS = "127.0.0.1:50051"
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"must be HOST:PORT, found {text!r}")
+    return text
+
+
+def configure_serve(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--address", type=_address, default=_ADDRESS, metavar="HOST:PORT", help="port 0: any free one")
+    group.add_argument(
+        "--workers", choices=("local", "none"), default="local", help="none: they are started on other machines"
+    )
+    group.add_argument("--no-restart", action="store_true", help="leave it to others to start lost workers again")
+    group.add_argument("--platform", choices=("cpu", "cuda"), help="of the workers (default: a GPU if there is one)")
+    group.add_argument("--journal", type=Path, metavar="DIR", help="requests are kept there and outlive this process")
+    group.add_argument("--log-dir", type=Path, metavar="DIR", help="a log of each local worker")
+    add_model_options(parser)
+
+
+def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    """Prints one line when requests are served; ends when SIGTERM or SIGINT comes, with exit code 0."""
+    import asyncio
+    import logging
+    import os
+
+    from moe_jax.llm import model_directory
+    from serving import server
+    from serving.environment import guess_platform
+
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
+    given = llm_options(args)
+    own = {name: given.pop(name) for name in ("hosts", "ranks_per_host", "load_format") if name in given}
+    with _bad_input():
+        options = server.Options(
+            model=model_directory(given.pop("model")),
+            address=args.address,
+            platform=args.platform or guess_platform(os.environ.get("JAX_PLATFORMS")),
+            engine=given,
+            workers=args.workers == "local",
+            restart=not args.no_restart,
+            journal=args.journal,
+            log_dir=args.log_dir,
+            **own,
+        )
+        cluster, model = server.prepare(options)
+        try:
+            asyncio.run(server.serve(options, cluster, model, lambda line: print(line, flush=True)))
+        except RuntimeError as error:
+            raise Failure(str(error)) from error
+    return 0
+
+
+# -- worker ---------------------------------------------------------------------------------------------------------
+
+
+def configure_worker(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--coordinator", type=_address, required=True, metavar="HOST:PORT", help="where it listens")
+    parser.add_argument("--rank", type=_natural, required=True, metavar="R", help="this worker's number, from 0")
+    parser.add_argument("--host", required=True, metavar="NAME", help="label of the failure domain it belongs to")
+    parser.add_argument("--platform", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="seconds to go on uncoordinated")
+
+
+def run_worker(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    """Exit codes as in serving.worker: 75 says that the coordinator has dismissed it."""
+    import asyncio
+    import os
+
+    from serving import worker
+    from serving.environment import guess_platform
+
+    with _bad_input():
+        platform = args.platform or guess_platform(os.environ.get("JAX_PLATFORMS"))
+        options = worker.Options(args.coordinator, args.rank, args.host, platform, args.patience)
+        return asyncio.run(worker.supervise(options))
+
+
+# -- status, drain --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _admin(address: str) -> Iterator[Any]:
+    """The Admin service of the coordinator there. What it refuses is bad input, what fails is a failure."""
+    import grpc
+
+    from serving.protos import inference_pb2_grpc as rpc
+
+    refusals = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT)
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            yield rpc.AdminStub(channel)
+        except grpc.RpcError as error:
+            assert isinstance(error, grpc.Call)
+            code, details = error.code(), error.details() or ""
+            if code in refusals:
+                raise UsageError(details) from None
+            reason = f"{address}: {code.name}: {details}" if isinstance(code, grpc.StatusCode) else str(error)
+            raise Failure(reason) from None
+
+
+def configure_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", type=_address, default=_ADDRESS, metavar="HOST:PORT", help="of the coordinator")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def run_status(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    from serving.protos import inference_pb2 as pb
+
+    with _admin(args.address) as admin:
+        text = admin.Status(pb.StatusRequest(), timeout=10.0).json
+    if args.json:
+        print(text)
+    else:
+        _print_status(json.loads(text))
+    return 0
+
+
+def _print_status(status: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    reason = f" ({status['reason']})" if status.get("reason") else ""
+    console.print(f"{status['state']}{reason}, epoch {status['epoch']}", markup=False)
+    if status["experts"] is not None:
+        console.print(
+            "{logical} experts in {slots} slots a layer, {missing} missing, at least {min_replicas} replicas; "
+            "{survivable_host_losses} lost hosts are survivable".format(**status["experts"])
+        )
+    ranks = Table("rank", "host", "state", "pid", "device", box=None)
+    for rank in status["ranks"]:
+        ranks.add_row(*("–" if rank[name] is None else str(rank[name]) for name in (c.header for c in ranks.columns)))
+    console.print(ranks)
+    phases = ("detect", "fence", "agree", "load", "compile", "rebuild", "resume", "pause")
+    changes = Table("epoch", "lost", "joined", *(f"{phase} ms" for phase in phases), box=None)
+    for change in status["recoveries"][-8:]:
+        times = (change[f"{phase}_ms"] for phase in phases)
+        changed = (" ".join(map(str, change[name])) or "–" for name in ("lost", "joined"))
+        changes.add_row(str(change["epoch"]), *changed, *("–" if ms is None else f"{ms:.0f}" for ms in times))
+    if status["recoveries"]:
+        console.print(changes)
+
+
+def configure_drain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("host", metavar="HOST", help="label of the host that shall leave")
+    parser.add_argument("--address", type=_address, default=_ADDRESS, metavar="HOST:PORT", help="of the coordinator")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for it to have left")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def run_drain(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    from serving.protos import inference_pb2 as pb
+
+    with _admin(args.address) as admin:
+        left = admin.Drain(pb.DrainRequest(host=args.host), timeout=args.timeout)
+    if args.json:
+        print(json.dumps({"host": args.host, "ranks": list(left.ranks), "epoch": left.epoch}))
+    else:
+        print(f"{args.host}: ranks {' '.join(map(str, left.ranks))} left; the cluster is in epoch {left.epoch}")
+    return 0
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, found {value}")
+    return value
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -285,10 +465,14 @@ def _positive(text: str) -> int:
     return value
 
 
-_positive.__name__ = "integer"  # argparse names the type in its message: "invalid integer value: 'x'"
+_natural.__name__ = _positive.__name__ = "integer"  # argparse names the type: "invalid integer value: 'x'"
 
 COMMANDS: tuple[Command, ...] = (
     Command("generate", "Generate for a file of prompts.", configure_generate, run_generate),
+    Command("serve", "Serve a model over gRPC: a coordinator and its workers.", configure_serve, run_serve),
+    Command("worker", "Run one rank of a cluster whose coordinator is elsewhere.", configure_worker, run_worker),
+    Command("status", "Show what a cluster is doing.", configure_status, run_status),
+    Command("drain", "Move a host's requests to others and let it leave.", configure_drain, run_drain),
     Command("convert", "Write a serving checkpoint of a model.", configure_convert, run_convert),
 )
 

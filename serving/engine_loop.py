@@ -1,52 +1,107 @@
-"""What an engine process does once its engine is built: obey the commands that have arrived, and unless parked take a
-step with the other ranks. Everything it has to say leaves through one function, so a test can stand in for the process.
+"""What an engine process does once its engine is built: obey the commands that have arrived, enter the epochs that are
+announced, and unless parked take a step with the other ranks.
 
-Commands: add, cancel, bell, score, status. Answers: events, score, status.
+Commands: epoch, abort, prefetch, add, cancel, bell, score, status. Answers: arrived, entered, failed, prepared, prefetched, events,
+score, status. Everything it has to say leaves through one function, so a test can stand in for the process.
+
+An epoch with `shrink` set is entered at once: its collectives' predecessors have been aborted, or there were none. Any
+other is entered after the step at whose end all ranks know of it. `abort` is obeyed in the inbox's thread, because the
+main one is inside the collective that is to be ended.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import jax
 import numpy as np
 
+from moe_jax.distributed import cut_collectives, live_nodes
 from moe_jax.engine import Engine, ScoreJob
 from moe_jax.executables import compilations
+from moe_jax.mesh import ExpertMesh
 from serving.channel import Message
 from serving.inbox import Inbox
 from serving.messages import pack_event, unpack_request
 
 HEARTBEAT = 1.0  # seconds: while steps go on, something is said at least this often
 SCORE_BYTES = 16 << 20  # of log-probabilities in one message
+_CUT_EVERY = 0.01  # seconds; sockets may still be opening while they are shut
+_CUT_FOR = 10.0  # seconds; the coordinator gives up on this rank before that
+_TICK = 0.002
+_PREPARE_NICE = 10
+
+
+class Aborted(RuntimeError):
+    """The epoch that was being entered is over already."""
 
 
 class EngineLoop:
-    """Not thread-safe: the inbox's thread only queues."""
+    """Not thread-safe but for `urgent`: the inbox's thread otherwise only queues."""
 
-    def __init__(self, engine: Engine, send: Callable[..., None]) -> None:
-        """`send` as Channel.send."""
-        self.engine, self._send = engine, send
+    def __init__(self, engine: Engine, client: Any, service: str, rank: int, send: Callable[..., None]) -> None:
+        """client and service: of the JAX service, and its address. `send` as Outbox.send."""
+        self.engine, self.rank, self._client, self._service, self._send = engine, rank, client, service, send
         self._scores: dict[int, ScoreJob] = {}
+        self._fetched: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+        self._epoch: dict[str, Any] | None = None  # announced, and not yet entered
+        self._aborted = 0  # epochs up to this one are over
+        self._inside = 0  # the epoch in whose collectives the main thread is
+        self._gate = threading.Lock()  # held to change `_inside`, and to cut what is inside
+        self._cut = 0.0  # when a cut was asked for
         self._said = time.monotonic()
 
     def run(self, inbox: Inbox) -> None:
         while True:
-            for message in inbox.take(wait=self.engine.parked):
+            for message in inbox.take(wait=self.idle):
                 self.handle(message)
-            if not self.engine.parked:
-                self.step()
+            self.advance()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing happens until a message arrives."""
+        return self.engine.parked and not self._may_enter
+
+    @property
+    def _may_enter(self) -> bool:
+        epoch, engine = self._epoch, self.engine
+        if epoch is None:
+            return False
+        return epoch["shrink"] or engine.mesh is None or engine.epoch_agreed >= epoch["number"]
+
+    def advance(self) -> None:
+        """Enter an epoch, or take a step, if it is time."""
+        if self.engine.mesh is not None and self._aborted >= self.engine.epoch:
+            self.engine.leave()
+        if self._may_enter:
+            self.enter()
+        elif not self.engine.parked:
+            self.step()
 
     def handle(self, message: Message) -> None:
         """Obey one command. A request is sent before the bell that announces it, so whoever heard the bell has it."""
         body = message.body
         match body["type"]:
+            case "epoch":
+                if body["number"] > max(self.engine.epoch, self._aborted):
+                    self._epoch = body
+                    self.engine.epoch_heard = body["number"]
+                    self.engine.bells_heard = max(self.engine.bells_heard, body["bell"])
+            case "abort":
+                pass  # `urgent` has seen it
+            case "prefetch":
+                threading.Thread(target=self._prefetch, args=(body,), name="prefetch", daemon=True).start()
             case "add":
                 # The queue's bound is kept by the sender; here it would come too late to refuse.
                 self.engine.add(0, unpack_request(body["request"]), accepted=True)
             case "cancel":
                 self.engine.cancel(str(body["number"]))
+                self._cancel_score(body["number"])
             case "bell":
                 self.engine.bells_heard = max(self.engine.bells_heard, body["bell"])
             case "score":
@@ -57,15 +112,139 @@ class EngineLoop:
             case "status":
                 self._send({"type": "status", **self.status()})
             case other:
-                raise ValueError(f"command: found {other!r}, expected add, cancel, bell, score or status")
+                raise ValueError(f"command: found {other!r}, expected one of those in the docstring of this module")
+
+    # Epochs
+
+    def urgent(self, message: Message) -> None:
+        """In the inbox's thread, as soon as a message has arrived."""
+        if message.body["type"] == "abort":
+            self._cut = time.monotonic()
+            self._aborted = max(self._aborted, message.body["epoch"])
+            threading.Thread(target=self._cut_until_outside, name="cut", daemon=True).start()
+
+    def _cut_until_outside(self) -> None:
+        deadline = time.monotonic() + _CUT_FOR
+        while time.monotonic() < deadline:
+            with self._gate:
+                if not 0 < self._inside <= self._aborted:
+                    return
+                cut_collectives(self._service)
+            time.sleep(_CUT_EVERY)
+
+    @contextmanager
+    def _collective(self, epoch: int) -> Any:
+        with self._gate:
+            if epoch <= self._aborted:
+                raise Aborted(f"epoch {epoch} is over")
+            self._inside = epoch
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._inside = 0
+
+    def enter(self) -> None:
+        """Enter the epoch that was announced. Its first step is the agreement that all ranks are in it."""
+        body = self._epoch
+        assert body is not None
+        self._epoch, engine, number = None, self.engine, body["number"]
+        begun, counted = time.monotonic(), compilations.count
+        ms = {"fail": 1e3 * (begun - self._cut) if self._cut else 0.0}
+        self._cut = 0.0
+        nodes: list[int] = body["nodes"]
+        mesh = _mesh(nodes)
+        slots = np.array(body["slots"], np.int32)[:, body["order"]]
+        try:
+            if engine.mesh is None or engine.mesh.devices != mesh.devices:
+                engine.leave()
+                self._send({"type": "arrived", "epoch": number})
+                with self._collective(number):
+                    self._barrier(number, nodes)
+            ms["agree"] = 1e3 * (time.monotonic() - begun)
+            moved = engine.enter(number, mesh, slots, self._fetched)
+            self._fetched = {}
+            ms["load"], ms["rebuild"] = 1e3 * moved, 1e3 * (time.monotonic() - begun) - ms["agree"] - 1e3 * moved
+            before = time.monotonic()
+            self.step()
+        except Aborted:
+            engine.leave()
+            return
+        if engine.epoch == number and engine.mesh is not None:
+            ms["first_step"] = 1e3 * (time.monotonic() - before)
+            compiled = compilations.count - counted
+            self._send({"type": "entered", "epoch": number, "ms": ms, "compilations": compiled})
+            threading.Thread(target=self._prepare, args=(body,), name=f"prepare-{number}", daemon=True).start()
+
+    def _prepare(self, body: dict[str, Any]) -> None:
+        """Make the meshes ready that this epoch's losses would leave, in the background, until it is over."""
+        engine = self.engine
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _PREPARE_NICE)
+        ahead = [(_mesh(nodes), order) for order, nodes in body.get("ahead", ())]
+        own = engine.own.devices
+        if engine.mesh is None:
+            return
+        engine.programs.keep_only(own, engine.mesh.devices, *(mesh.devices for mesh, _ in ahead))
+        for mesh, order in ahead:
+            if engine.epoch != body["number"] or engine.mesh is None:
+                return
+            engine.prepare(mesh, np.array(body["slots"], np.int32)[:, order])
+        self._send({"type": "prepared", "epoch": body["number"]})
+
+    def _barrier(self, number: int, nodes: list[int]) -> None:
+        """Meet the other ranks at the JAX service. In a thread: a rank lost on its way there would keep the others for
+        ever, and there is no deadline to give; a thread that was left behind waits on, and harms nobody."""
+        result: list[Any] = []
+
+        def meet() -> None:
+            try:
+                result.append(live_nodes(self._client, nodes))
+            except Exception as e:
+                result.append(e)
+
+        thread = threading.Thread(target=meet, name=f"barrier-{number}", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_TICK if self._aborted >= number else 10 * _TICK)
+            if self._aborted >= number:
+                raise Aborted(f"epoch {number} is over")
+        if isinstance(result[0], Exception):
+            raise result[0]
+        if result[0] != sorted(nodes):
+            self._failed(number, f"found nodes {result[0]} live, expected {sorted(nodes)}")
+            raise Aborted(f"epoch {number} has lost a rank")
+
+    def _failed(self, number: int, why: str) -> None:
+        """Say that an epoch's collectives fail, though nobody has said that they should."""
+        if self._aborted < number:
+            self._send({"type": "failed", "epoch": number, "message": why[:1000]})
+
+    def _prefetch(self, body: dict[str, Any]) -> None:
+        """Read the experts that these slots would need, for the epoch that will ask for them."""
+        slots = np.array(body["slots"], np.int32)[:, None]
+        self._fetched = self.engine.fetch(slots)
+        self._send({"type": "prefetched"})
+
+    # Steps
 
     def step(self) -> None:
-        """One step; its tokens leave as one message."""
-        events = self.engine.step()
+        """One step; its tokens leave as one message. When it fails the epoch is over, and the step did not happen."""
+        engine = self.engine
+        try:
+            with self._collective(engine.epoch):
+                events = engine.step()
+        except Aborted:
+            engine.leave()
+            return
+        except jax.errors.JaxRuntimeError as e:
+            engine.leave()
+            self._failed(engine.epoch, str(e))
+            return
         now = time.monotonic()
         if events or now - self._said >= HEARTBEAT:
             self._said = now
-            self._send({"type": "events", "events": [pack_event(e) for e in events]})
+            packed = [pack_event(e) for e in events]
+            self._send({"type": "events", "epoch": engine.epoch, "steps": engine.steps, "events": packed})
         for number, job in list(self._scores.items()):
             self._send_scores(number, job)
 
@@ -73,12 +252,20 @@ class EngineLoop:
         engine = self.engine
         return {
             "compilations": compilations.count,
+            "epoch": engine.epoch,
             "steps": engine.steps,
             "level": engine.level,
             "bells_heard": engine.bells_heard,
             "bells_answered": engine.bells_answered,
             "parked": engine.parked,
         }
+
+    # Scores
+
+    def _cancel_score(self, number: int) -> None:
+        job = self._scores.pop(number, None)
+        if job is not None:
+            self.engine.cancel_score(job)
 
     def _send_scores(self, number: int, job: ScoreJob) -> None:
         """Send the rows that are done, in messages of bounded size, and forget them."""
@@ -91,3 +278,9 @@ class EngineLoop:
         if not job.sequence.remaining:
             del self._scores[number]
             self._send({"type": "score", "number": number, "done": True})
+
+
+def _mesh(nodes: Sequence[int]) -> ExpertMesh:
+    """The devices of these nodes of the JAX service, in this order."""
+    by_node = {device.process_index: device for device in jax.devices()}
+    return ExpertMesh(tuple(by_node[node] for node in nodes))

@@ -1,9 +1,8 @@
 """The process of one rank's engine: `python -m serving.engine_process RANK FD`.
 
 It holds the rank's device. All it is told comes over the channel FD, a Unix socket: it has no TCP socket but those of
-JAX, because these are shut down without looking when a peer is lost. Two commands start it, and each is answered before
-the next is sent: `start` (join the JAX service; answer `joined`) and `epoch` (these ranks form the mesh, with these
-experts; answer `ready`, when everything is loaded and compiled). Then `EngineLoop` takes over.
+JAX, because these are shut down without looking when a peer is lost. The first command is `start`: join the JAX service
+(answer `joined`), load the slots it names and the programs (answer `ready`). Then `EngineLoop` takes over.
 
 Whatever goes wrong is one `error` message, a traceback in the log, and exit code 1.
 """
@@ -13,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 import traceback
+from typing import Any
 
 from serving.channel import Channel
 from serving.inbox import Inbox
@@ -24,36 +25,41 @@ from serving.outbox import Outbox
 def serve(rank: int, channel: Channel, inbox: Inbox) -> None:
     begun = time.monotonic()
     import jax
+    import numpy as np
 
     from moe_jax.checkpoint import open_checkpoint
     from moe_jax.config import EngineConfig
-    from moe_jax.distributed import connect, keep_programs, live_nodes
+    from moe_jax.distributed import connect
     from moe_jax.engine import Engine
-    from moe_jax.mesh import ExpertMesh
+    from moe_jax.warmup import Spec
     from serving.engine_loop import EngineLoop
+    from serving.programs_ahead import ProgramsAhead
 
-    (start,) = (message.body for message in inbox.take(wait=True))
+    start = inbox.take(wait=True)[0].body
     config = EngineConfig(**start["config"])
     checkpoint = open_checkpoint(start["path"], start["load_format"])
-    if start["cache"] is not None:
-        keep_programs(start["cache"], start["share_programs"], start["timeout"])
-    client = connect(start["address"], rank, start["num_nodes"], int(start["timeout"]))
-    channel.send({"type": "joined"})
-
-    (epoch,) = (message.body for message in inbox.take(wait=True))
-    ranks: list[int] = epoch["ranks"]
-    live = live_nodes(client, ranks)
-    if live != sorted(ranks):
-        raise RuntimeError(f"epoch {epoch['number']}: found ranks {live} live, expected {ranks}")
-    by_rank = {device.process_index: device for device in jax.devices()}
-    mesh = ExpertMesh(tuple(by_rank[r] for r in ranks))
+    send = Outbox(channel).send
+    spec = Spec(start["path"], start["load_format"], config, start["cache"])
+    ahead = ProgramsAhead(spec, start["sizes"], start["timeout"], send)
+    send({"type": "arrived", "epoch": 0})
+    client = connect(start["address"], start["node"], start["num_nodes"], int(start["timeout"]))
+    device = jax.local_devices()[0]
+    send({"type": "joined"})
     joined = time.monotonic()
-    engine = Engine(checkpoint, config, mesh)
+    slots = np.array(start["slots"], np.int32)[:, None]
+    programs = ahead.executables(device)
+    engine = Engine(checkpoint, config, [device], slots, programs)
+    engine.prime()
     loaded = time.monotonic()
-    engine.warm_up()
+    ahead.first(jax.devices(), device)
     seconds = {"join": joined - begun, "load": loaded - joined, "compile": time.monotonic() - loaded}
-    loop = EngineLoop(engine, Outbox(channel).send)
-    channel.send({"type": "ready", "epoch": epoch["number"], "seconds": seconds, **loop.status()})
+    loop = EngineLoop(engine, client, start["address"], start["rank"], send)
+    inbox.urgent = loop.urgent
+    send(
+        {"type": "ready", "generation": start["generation"], "seconds": seconds, "device": device.device_kind}
+        | loop.status()
+    )
+    threading.Thread(target=ahead.rest, name="programs", daemon=True).start()
     loop.run(inbox)
 
 
@@ -64,8 +70,9 @@ def main() -> None:
         serve(int(sys.argv[1]), channel, inbox)
     except BaseException as e:
         traceback.print_exc()
+        report: dict[str, Any] = {"type": "error", "kind": type(e).__name__, "message": str(e)[:4000]}
         with contextlib.suppress(Exception):
-            channel.send({"type": "error", "kind": type(e).__name__, "message": str(e)[:4000]})
+            channel.send(report)
     finally:
         sys.stderr.flush()
         os._exit(1)  # not by way of destructors, which wait for lost peers

@@ -10,6 +10,7 @@ import os
 import queue
 import select
 import threading
+from collections.abc import Callable
 
 from serving.channel import Channel, ChannelClosed, Message
 
@@ -23,6 +24,7 @@ class Inbox:
     def __init__(self, channel: Channel) -> None:
         self._channel, self._parent = channel, os.getppid()
         self._queue: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.urgent: Callable[[Message], None] | None = None  # called in the listening thread before a message queues
         threading.Thread(target=self._listen, name="inbox", daemon=True).start()
 
     def take(self, wait: bool) -> list[Message]:
@@ -39,6 +41,8 @@ class Inbox:
             while True:
                 if select.select([self._channel], [], [], _TICK)[0]:
                     for message in self._channel.receive():
+                        if self.urgent is not None:
+                            self.urgent(message)
                         self._queue.put(message)
                 elif os.getppid() != self._parent:
                     break  # a fork of the parent may still hold the other end open

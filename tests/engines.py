@@ -1,5 +1,6 @@
 """Engines in this process for tests, and what a set of requests gives on them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,13 @@ import jax
 from moe_jax.checkpoint import open_checkpoint
 from moe_jax.engine import Engine
 from moe_jax.llm import engine_config, model_directory
-from moe_jax.mesh import ExpertMesh
+from moe_jax.local import local_engine
+from moe_jax.programs import ProgramStore
 from moe_jax.request import Request, SamplingParams
+from serving.environment import compilation_cache
 
+# Each engine would compile anew what another of the same shape has compiled.
+PROGRAMS = ProgramStore(compilation_cache("cpu", Path(__file__).parents[1] / ".cache" / "programs", os.environ))
 SMALL: dict[str, Any] = {"max_batch": 16, "max_prefill_rows": 32, "max_model_len": 512, "num_pages": 64}
 
 
@@ -18,7 +23,7 @@ def make_engine(model: str | Path = "demo", ranks: int = 1, warm_up: bool = True
     """`ranks` virtual devices of this process (tests/conftest.py makes four), small buckets, logits kept."""
     checkpoint = open_checkpoint(model_directory(model))
     config = engine_config(checkpoint.config, ranks, "cpu", **(SMALL | {"return_logits": True} | options))
-    engine = Engine(checkpoint, config, ExpertMesh(tuple(jax.devices()[:ranks])))
+    engine = local_engine(checkpoint, config, jax.devices()[:ranks], PROGRAMS)
     if warm_up:
         engine.warm_up()
     return engine

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -25,6 +26,11 @@ def prepare(weights: jax.Array) -> jax.Array:
 @partial(jax.jit, donate_argnums=0)
 def _to_bits(weights: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(weights, jnp.uint16)
+
+
+def prepared_dtype(dtype: np.dtype, platform: str) -> np.dtype:
+    """The dtype that `prepare` gives."""
+    return np.dtype(np.uint16) if platform == "cpu" and dtype == jnp.bfloat16 else dtype
 
 
 def widen(weights: jax.Array, dtype: Any) -> jax.Array:

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from moe_jax.executables import compilations
-from moe_jax.mesh import primary_slots, routing_table
 from tests.engines import make_engine, request, run
 
 
@@ -65,20 +64,3 @@ def test_a_failed_step_changes_nothing() -> None:
         except RuntimeError:
             pass
     assert found == undisturbed
-
-
-@pytest.mark.parametrize("experts, ranks, slots", [(16, 4, 4), (16, 4, 8), (16, 3, 11), (8, 3, 3), (60, 7, 20)])
-def test_copies_of_an_expert_lie_on_different_ranks(experts: int, ranks: int, slots: int) -> None:
-    placed = primary_slots(experts, ranks, slots)
-    table = routing_table(placed, experts)
-    for expert, own in enumerate(table):
-        own = own[own >= 0]
-        assert (placed.reshape(-1)[own] == expert).all()
-        assert len(set((own // slots).tolist())) == len(own) >= ranks * slots // experts
-    primaries = np.bincount(table[:, 0] // slots, minlength=ranks)
-    assert primaries.max() <= -(-experts // ranks) + 1, "decode uses the whole mesh"
-
-
-def test_too_few_slots() -> None:
-    with pytest.raises(ValueError, match="cannot hold 16 experts"):
-        primary_slots(16, 3, 5)

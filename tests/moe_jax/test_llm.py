@@ -145,6 +145,7 @@ def test_closed(llm: LLM) -> None:
 
 def test_every_expert_matters(llm: LLM) -> None:
     """Taking away any one expert changes logits, so that a lost one cannot go unnoticed."""
+    from moe_jax.mesh import REPLICATED
     from tests.engines import make_engine
 
     engine = make_engine(return_logits=False)
@@ -156,9 +157,9 @@ def test_every_expert_matters(llm: LLM) -> None:
             engine.step()
         return np.concatenate(job.rows)
 
-    whole, table = score(), np.asarray(engine.table)
+    whole, table = score(), np.asarray(engine.fixed[-1])
     for layer, expert in [(0, 0), (1, 5), (2, 9), (3, 15), (4, 2)]:
         lost = table.copy()
         lost[layer, expert] = -1
-        engine.table = engine.mesh.put([lost], engine.table.sharding.spec)  # type: ignore[attr-defined]
+        engine.fixed[-1] = engine.own.put([lost], REPLICATED)
         assert np.abs(score() - whole).max() > 1e-2, (layer, expert)

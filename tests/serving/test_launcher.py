@@ -19,7 +19,7 @@ from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError
 from moe_jax.llm import model_directory
 from moe_jax.request import Request
-from serving.launcher import ClusterBackend
+from serving.cluster_backend import ClusterBackend
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -1,0 +1,127 @@
+"""What a cluster serves, and by what rules: everything that is decided before its first process starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax import placement
+from moe_jax.checkpoint import open_checkpoint
+from moe_jax.config import ConfigError, EngineConfig, ModelConfig
+from moe_jax.llm import engine_config
+from moe_jax.scheduler import Limits
+from serving.environment import Platform
+from serving.membership import Rules, Slots
+
+_KEPT = 4096  # repairs at hand
+
+
+@dataclass(frozen=True)
+class Cluster:
+    rules: Rules
+    limits: Limits  # of one rank
+    num_experts: int
+    start: Mapping[str, Any]  # of every engine's first command: config, path, load_format, cache, timeout
+    repairs: Repairs | None = None
+    service: str = "serving.jax_service"  # modules; tests have others
+    engine: str = "serving.engine_process"
+    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+
+
+class Repairs:
+    """placement.repair, with the answers for the losses of any one or two hosts worked out before they happen."""
+
+    def __init__(self, hosts: Sequence[str], num_experts: int) -> None:
+        self._hosts, self._num_experts = hosts, num_experts
+        self._known: dict[tuple[bytes, tuple[int, ...]], Slots | None] = {}
+        self._coming: Iterator[tuple[Slots, tuple[int, ...]]] = iter(())
+
+    def __call__(self, slots: Slots, ranks: Sequence[int]) -> Slots | None:
+        key = slots.tobytes(), tuple(ranks)
+        if key not in self._known:
+            self._known[key] = placement.repair(slots, ranks, self._hosts, self._num_experts)
+        return self._known[key]
+
+    def expect(self, slots: Slots, ranks: Sequence[int]) -> None:
+        """`ranks` serve now, with these slots. What was worked out for others is forgotten."""
+        self._known.clear()
+        hosts = sorted({self._hosts[r] for r in ranks})
+        losses = chain.from_iterable(combinations(hosts, count) for count in (1, 2) if count < len(hosts))
+        self._coming = ((slots, tuple(r for r in sorted(ranks) if self._hosts[r] not in lost)) for lost in losses)
+
+    def work(self) -> None:
+        """One answer more; milliseconds at most. To be called now and then."""
+        if len(self._known) < _KEPT and (asked := next(self._coming, None)):
+            self(*asked)
+
+
+def host_labels(hosts: int, ranks_per_host: int) -> tuple[str, ...]:
+    """Of each rank."""
+    return tuple(f"host{i}" for i in range(hosts) for _ in range(ranks_per_host))
+
+
+def make_cluster(
+    path: Path,
+    hosts: Sequence[str],
+    platform: Platform,
+    load_format: Any,
+    cache: Path | None,
+    startup_timeout: float,
+    times: Mapping[str, float] | None = None,
+    **options: Any,
+) -> tuple[Cluster, ModelConfig, EngineConfig]:
+    """hosts: the label of each rank. times: fields of membership.Rules. options: fields of EngineConfig; each expert is
+    on two hosts by default. Raises CheckpointError and ConfigError."""
+    model = open_checkpoint(path, load_format).config
+    if options.get("replication") is None:
+        options["replication"] = min(2, len(set(hosts)))
+    config = engine_config(model, len(hosts), platform, **options)
+    shape = model.num_moe_layers, model.num_experts, config.slots_for(model.num_experts)
+    try:
+        _plan(*shape, hosts, range(len(hosts)), config.replication)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    repairs = Repairs(hosts, model.num_experts)
+
+    def plan(ranks: Sequence[int]) -> Slots | None:
+        """As much of the promise as these ranks can keep; None when they cannot hold every expert even once."""
+        for replication in range(min(config.replication, len({hosts[r] for r in ranks})), 0, -1):
+            try:
+                return _plan(*shape, hosts, ranks, replication)
+            except ValueError:
+                continue
+        return None
+
+    def restore(slots: Slots, ranks: Sequence[int]) -> Slots:
+        return placement.restore(slots, ranks, hosts, model.num_experts, config.replication)
+
+    rules = Rules(
+        len(hosts),
+        tuple(hosts),
+        plan,
+        repairs,
+        restore,
+        orders="any" if platform == "cpu" else "sorted",
+        **{"ready_timeout_s": startup_timeout, "join_timeout_s": startup_timeout, **(times or {})},
+    )
+    start = {
+        "config": asdict(config),
+        "path": str(Path(path).resolve()),
+        "load_format": load_format,
+        "cache": None if cache is None else str(cache),
+        "timeout": startup_timeout,
+    }
+    return Cluster(rules, Limits.of(config), model.num_experts, start, repairs), model, config
+
+
+def _plan(layers: int, experts: int, slots: int, hosts: Sequence[str], ranks: Sequence[int], replication: int) -> Slots:
+    """placement.plan for some of the ranks, in an array for all."""
+    placed = np.full((layers, len(hosts), slots), -1, np.int32)
+    placed[:, list(ranks)] = placement.plan(layers, experts, [hosts[r] for r in ranks], slots, replication)
+    return placed

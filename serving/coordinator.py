@@ -1,0 +1,638 @@
+"""The coordinator: what binds workers, membership and requests together. It holds no device.
+
+Decisions are elsewhere: who is in the mesh in serving.membership, which request is where in serving.ledger. Here their
+actions are carried out, and what happens is told to them. Everything runs in one event loop, and nothing in it waits:
+from the evidence of a loss to the abort of its survivors' collectives no other task gets a turn.
+
+A request goes to one engine, and after it a bell, a number that only grows, to every engine of the mesh: one whose rank
+has no work waits inside a step as soon as any has, so all must be woken (moe_jax.engine).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+
+from moe_jax import placement
+from moe_jax.request import Request, TokenEvent
+from serving import membership as m
+from serving.channel import Message, encode
+from serving.cluster import Cluster
+from serving.journal import Journal
+from serving.ledger import Entry, Ledger, Place, Score
+from serving.membership import Membership
+from serving.protos import cluster_pb2_grpc as rpc
+from serving.recoveries import Recoveries
+from serving.service_process import ServiceProcess
+from serving.worker import GRPC_OPTIONS, PROTOCOL
+from serving.worker_stream import ClusterService, WorkerStream
+
+log = logging.getLogger(__name__)
+
+_TICK = 0.05  # seconds
+_STOOD_STILL = 0.5  # seconds between two ticks
+_PATIENCE = 1.0  # seconds for workers to go at the end
+
+Listener = Callable[[TokenEvent | None], None]  # a token; None: cancelled, nothing more comes
+
+
+class Oblivion:
+    """A journal that keeps nothing."""
+
+    last_numbers = (0, 0, 0)
+    first_number = 1
+    unfinished: Sequence[Entry] = ()
+
+    def transaction(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def _nothing(self, *what: Any) -> None:
+        pass
+
+    numbers = epoch = accept = tokens = finish = ended = _nothing
+
+
+class Unavailable(RuntimeError):
+    """New requests are refused for now; the message says why."""
+
+
+@dataclass
+class Watcher:
+    """What others may want to know at once. None of these may block or raise."""
+
+    engine_failed: Callable[[int, str, str], None] = lambda rank, kind, text: None  # kind: an exception's name, or ""
+    dismissed: Callable[[int, int], None] = lambda rank, pid: None  # its supervisor has been told to exit
+    drained: Callable[[str], None] = lambda host: None  # before its ranks are
+    changed: Callable[[str, str], None] = lambda state, reason: None
+    failed: Callable[[Exception], None] = lambda error: None  # the journal: nothing goes on, close the coordinator
+
+
+class Coordinator:
+    """Belongs to the running event loop; no method may be called from elsewhere."""
+
+    def __init__(self, cluster: Cluster, journal: Journal | None = None, watcher: Watcher | None = None) -> None:
+        """Without a journal nothing outlives this process. With one, the requests that are in it go on."""
+        self.cluster, self.watcher = cluster, watcher or Watcher()
+        self.address = ""
+        self._membership = Membership(cluster.rules)
+        self._journal = journal or Oblivion()
+        self._membership.restore_from(*self._journal.last_numbers)
+        self._ledger = Ledger(lambda: int.from_bytes(os.urandom(8)), self._journal.first_number)
+        self._ledger.restore(self._journal.unfinished)
+        self._recoveries = Recoveries()
+        self._actions: deque[m.Action] = deque()
+        self._acting = False
+        self._numbers = self._membership.numbers
+        self._streams: dict[int, WorkerStream] = {}  # of registered workers, by each incarnation they had
+        self._current: dict[int, WorkerStream] = {}  # the last that registered, by rank
+        self._services: dict[int, ServiceProcess] = {}  # by generation
+        self._nodes: dict[int, tuple[int, ...]] = {}
+        self._fences: dict[tuple[int, int], deque[tuple[int, int]]] = {}  # (generation, node): (rank, incarnation)
+        self._members: dict[int, int] = {}  # rank: incarnation of those that requests may be placed on
+        self._epochs: dict[int, int] = {}  # incarnation: in how many it has been, of the current members
+        self._bell = 0
+        self._ringing = False
+        self._listeners: dict[int, list[Listener]] = {e.key: [] for e in self._journal.unfinished}  # of open requests
+        self._scores: dict[int, asyncio.Future[Score]] = {}  # by key
+        self._draining: dict[str, tuple[set[int], asyncio.Future[None]]] = {}  # host: incarnations that shall leave
+        self._served = False  # ever
+        self._compiled = 0  # programs, by engines of the mesh since then
+        self._tick_at = 0.0
+        self._ticked = time.monotonic()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, address: str = "127.0.0.1:0", faces: Sequence[Callable[[grpc.aio.Server], None]] = ()) -> str:
+        """Listen; returns "host:port". `faces` may add other services to the server. Raises OSError if it is taken."""
+        self._server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.so_reuseport", 0)])
+        rpc.add_ClusterServicer_to_server(ClusterService(self), self._server)
+        for face in faces:
+            face(self._server)
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as e:
+            raise OSError(f"address {address}: cannot listen there: {e}") from None
+        await self._server.start()
+        self.address = f"{address.rpartition(':')[0]}:{port}"
+        self._tick()
+        return self.address
+
+    async def close(self) -> None:
+        """Dismiss all workers, end the service. Requests that have not ended stay in the journal."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for stream in self._current.values():
+            stream.dismiss("the coordinator closes")
+        deadline = time.monotonic() + _PATIENCE
+        while self._current and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        if self._server is not None:
+            await self._server.stop(None)
+        for service in list(self._services.values()):
+            service.close()
+
+    # Requests
+
+    @property
+    def unservable(self) -> str | None:
+        """Why nothing is served until ranks return; None if something is, or will be soon."""
+        return self._membership.reason if self._membership.state == "UNSERVABLE" else None
+
+    def submit(self, request: Request, listener: Listener, wait: bool = False) -> Entry:
+        """Serve a request: `listener` hears every token of it, from the first on, in order, once.
+
+        The same request again attaches another listener, also if it ended a while ago. wait: accept it also while
+        nothing can be served.
+        Raises ValueError for what can never be served, ledger.AlreadyExists, scheduler.QueueFull, Unavailable.
+        """
+        self.cluster.limits.check(request)
+        if not wait and self.unservable is not None:
+            raise Unavailable(self.unservable)
+        ended = None if self._ledger.find(request.request_id) else self._journal.ended(request.request_id)
+        if ended is not None and ended.asked == request:
+            for event in ended.events():
+                listener(event)
+            return ended
+        entry, is_new = self._ledger.accept(request)
+        if is_new:
+            try:
+                self._keep(lambda: self._journal.accept(entry))
+            except BaseException:
+                self._ledger.cancel(entry)
+                raise
+        for event in entry.events():
+            listener(event)
+        self._listeners.setdefault(entry.key, []).append(listener)
+        self._place()
+        return entry
+
+    def unlisten(self, entry: Entry, listener: Listener) -> None:
+        """The request goes on without it."""
+        listeners = self._listeners.get(entry.key, [])
+        if listener in listeners:
+            listeners.remove(listener)
+
+    def finish(self, entry: Entry) -> None:
+        """Its text is complete, by a stop string of which the engine does not know."""
+        self._leave(entry, self._ledger.finish(entry))
+
+    def cancel(self, entry: Entry) -> None:
+        """Forget it. Its listeners hear that, and nothing more."""
+        listeners = self._listeners.get(entry.key, [])
+        self._leave(entry, self._ledger.cancel(entry))
+        for listener in listeners:
+            listener(None)
+
+    async def score(self, token_ids: Sequence[int], chunk: int | None = None) -> np.ndarray:
+        """float32 [T, vocab] as LLM.score. Raises ValueError for what an engine refuses, QueueFull."""
+        score = self._ledger.score(list(token_ids), chunk)
+        done = self._scores[score.key] = asyncio.get_running_loop().create_future()
+        self._place()
+        try:
+            return np.concatenate((await done).rows)
+        finally:
+            del self._scores[score.key]
+            if told := self._ledger.cancel(score):
+                self._tell(told[0], {"type": "cancel", "number": told[1]})
+
+    def _leave(self, entry: Entry, told: tuple[Place, int] | None) -> None:
+        if self._listeners.pop(entry.key, None) is not None:
+            self._keep(lambda: self._journal.finish(entry))
+        self._recoveries.ended(entry.key)
+        if told is not None:
+            self._tell(told[0], {"type": "cancel", "number": told[1]})
+
+    def _place(self) -> None:
+        """Send what waits to those who can serve it."""
+        if not self._members or not self._ledger.waiting:
+            return
+        for job in self._ledger.place(self._members):
+            assert job.place is not None
+            self._tell(job.place, job.command())
+        if not self._ringing:
+            self._ringing = True
+            asyncio.get_running_loop().call_soon(self._ring)
+
+    def _ring(self) -> None:
+        """Once for all requests of this turn of the loop."""
+        self._ringing = False
+        self._bell += 1
+        frame = encode({"type": "bell", "bell": self._bell})
+        for incarnation in self._members.values():
+            self._streams[incarnation].send_frames(frame)
+
+    def _tell(self, place: Place, body: dict[str, Any]) -> None:
+        if place.incarnation in self._streams:
+            self._streams[place.incarnation].send(body)
+
+    # What workers say (worker_stream.Workers)
+
+    def worker_came(self, stream: WorkerStream) -> None:
+        if stream.version != PROTOCOL:
+            return stream.dismiss(f"found protocol {stream.version!r}, expected {PROTOCOL!r}: install the same version")
+        if stream.claimed:
+            return stream.dismiss(f"rank {stream.rank} was lost as incarnation {stream.claimed}")
+        incarnation, actions = self._membership.hello(stream.rank, stream.host, time.monotonic())
+        self._keep_numbers()
+        stream.welcome(incarnation)
+        self._streams[incarnation] = stream
+        if not any(isinstance(a, m.Dismiss) and a.incarnation == incarnation for a in actions):
+            self._current[stream.rank] = stream
+        self._do(actions)
+
+    def worker_beat(self, stream: WorkerStream, running: bool, stopped: bool) -> None:
+        rank, incarnation, now = stream.rank, stream.incarnation, time.monotonic()
+        if not incarnation or self._closed:
+            return
+        busy = self._ledger.load(Place(rank, incarnation)).jobs > 0
+        self._do(self._membership.progress(rank, incarnation, stream.steps, busy, now))
+        if stopped:
+            stream.ill_since = stream.ill_since or now
+        if not stream.listens:
+            self._do(self._membership.lost(rank, incarnation, "it does not listen", now))
+        self._do(self._membership.heartbeat(rank, incarnation, now, running, stopped))
+
+    def worker_ended(self, stream: WorkerStream, reason: str) -> bool:
+        if not stream.incarnation or stream.dismissed is not None or self._closed:
+            return False
+        if stream.generation not in self._services:
+            return True  # it died with the JAX service; another will be started
+        stream.ill_since = time.monotonic()
+        kind, text = stream.error or ("", reason)
+        what = _first_line(text).removeprefix(f"rank {stream.rank}: ")
+        self._do(self._membership.lost(stream.rank, stream.incarnation, what, stream.ill_since))
+        self.watcher.engine_failed(stream.rank, kind, text)
+        return False
+
+    def worker_gone(self, stream: WorkerStream, reason: str) -> None:
+        now = time.monotonic()
+        stream.ill_since = stream.ill_since or now
+        if stream.incarnation and not self._closed:
+            self._do(self._membership.lost(stream.rank, stream.incarnation, reason, now))
+        self._streams = {i: s for i, s in self._streams.items() if s is not stream}
+        if self._current.get(stream.rank) is stream:
+            del self._current[stream.rank]
+
+    def worker_said(self, stream: WorkerStream, messages: list[Message]) -> None:
+        if stream.dismissed is not None or not stream.incarnation or self._closed:
+            return
+        rank, incarnation = stream.rank, stream.incarnation
+        for message in messages:
+            body = message.body
+            match body["type"]:
+                case "events":
+                    stream.steps = body.get("steps", stream.steps + 1)
+                    self._take_events(rank, incarnation, body["events"])
+                case "score":
+                    self._take_score(rank, incarnation, message)
+                case "arrived":
+                    self._do(self._membership.arrived(rank, incarnation, body["epoch"], time.monotonic()))
+                case "joined":
+                    self._do(self._membership.joined(rank, incarnation, stream.generation, time.monotonic()))
+                case "ready":
+                    stream.device, stream.seconds = body["device"], body["seconds"]
+                    self._do(self._membership.ready(rank, incarnation, body["generation"], time.monotonic()))
+                case "entered":
+                    self._compiled += body["compilations"] if self._served else 0
+                    self._recoveries.entered(body["epoch"], body["ms"])
+                    self._do(self._membership.entered(rank, incarnation, body["epoch"], time.monotonic()))
+                case "failed":
+                    self._do(self._membership.failed(rank, incarnation, body["epoch"], time.monotonic()))
+                case "prefetched":
+                    self._do(self._membership.prefetched(rank, incarnation, time.monotonic()))
+                case "error":
+                    stream.error = body["kind"], body["message"]
+                case other:
+                    stream.answers[other] = body
+
+    def _take_events(self, rank: int, incarnation: int, packed: list[Any]) -> None:
+        """A step's tokens: into the ledger, into the journal, to the clients."""
+        taken = [t for p in packed if (t := self._ledger.take(rank, incarnation, p)) is not None]
+        if not taken:
+            return
+        self._keep(lambda: self._keep_tokens(taken))
+        now = time.monotonic()
+        for entry, event in taken:
+            listeners = self._listeners.get(entry.key)
+            if listeners is None:
+                continue  # its text ended with a token before this one
+            self._recoveries.published(entry.key, now)
+            if event.finish_reason is not None:
+                del self._listeners[entry.key]
+                self._recoveries.ended(entry.key)
+            for listener in listeners:
+                listener(event)
+
+    def _keep_tokens(self, taken: list[tuple[Entry, TokenEvent]]) -> None:
+        with self._journal.transaction():
+            self._journal.tokens(taken)
+            for entry, event in taken:
+                if event.finish_reason is not None:
+                    self._journal.finish(entry)
+
+    def _keep(self, write: Callable[[], None]) -> None:
+        """Write to the journal. When that fails nobody may hear of anything any more."""
+        try:
+            write()
+        except sqlite3.Error as e:
+            self._closed = True
+            self.watcher.failed(e)
+            raise
+
+    def _take_score(self, rank: int, incarnation: int, message: Message) -> None:
+        body, rows = message.body, None
+        if "shape" in body:
+            rows = np.frombuffer(message.blob, np.float32).reshape(body["shape"])
+        score = self._ledger.take_score(rank, incarnation, body["number"], rows)
+        if score is not None and (done := self._scores.get(score.key)) is not None and not done.done():
+            if "error" in body:
+                done.set_exception(ValueError(body["error"]))
+            else:
+                done.set_result(score)
+
+    # What the JAX service does (service_process.ServiceEvents)
+
+    def service_started(self, service: ServiceProcess) -> None:
+        self._do(self._membership.service_up(service.generation, time.monotonic()))
+
+    def service_fenced(self, service: ServiceProcess, node: int) -> None:
+        waiting = self._fences[service.generation, node]  # the service answers in the order it was asked
+        rank, incarnation = waiting.popleft()
+        if not waiting:
+            del self._fences[service.generation, node]
+        self._do(self._membership.fenced(rank, incarnation, time.monotonic()))
+
+    def service_failed(self, service: ServiceProcess, reason: str) -> None:
+        log.warning("%s", reason)
+        self._services.pop(service.generation, None)
+        self._do(self._membership.service_lost(service.generation, time.monotonic()))
+
+    # Actions
+
+    def _do(self, actions: Sequence[m.Action]) -> None:
+        """Carry them out in their order, and what follows from them."""
+        self._keep_numbers()
+        self._actions.extend(actions)
+        if self._acting:
+            return
+        self._acting = True
+        try:
+            while self._actions:
+                self._carry_out(self._actions.popleft())
+        finally:
+            self._acting = False
+        self._plan_tick()
+
+    def _keep_numbers(self) -> None:
+        """On disk before anybody hears of them, so that a later coordinator uses none of them again."""
+        if self._membership.numbers != self._numbers:
+            self._numbers = self._membership.numbers
+            self._keep(lambda: self._journal.numbers(*self._numbers))
+
+    def _carry_out(self, action: m.Action) -> None:
+        now = time.monotonic()
+        match action:
+            case m.Fence(rank, incarnation, generation, node):
+                self._fence(rank, incarnation, generation, node, now)
+            case m.Abort(_, incarnations, epoch):
+                self._members = {}
+                frame = encode({"type": "abort", "epoch": epoch})
+                for incarnation in incarnations:
+                    if incarnation in self._streams:
+                        self._streams[incarnation].send_frames(frame)
+            case m.Dismiss(rank, incarnation, reason):
+                self._dismiss(rank, incarnation, reason)
+            case m.Persist(epoch):
+                self._keep(lambda: self._journal.epoch(epoch))
+                self._do(self._membership.persisted(epoch.number, now))
+            case m.Announce(epoch, shrink, leavers):
+                self._announce(epoch, shrink, leavers, now)
+            case m.Serve(epoch):
+                self._served = True
+                self._recoveries.serving(now)
+                self._place()
+                if self.cluster.repairs is not None:
+                    self.cluster.repairs.expect(epoch.slots, epoch.order)
+            case m.StartService(generation, nodes):
+                self._start_service(generation, nodes)
+            case m.StopService(generation):
+                self._nodes.pop(generation, None)
+                self._fences = {key: waiting for key, waiting in self._fences.items() if key[0] != generation}
+                if service := self._services.pop(generation, None):
+                    service.close()
+            case m.StartEngine():
+                self._start_engine(action)
+            case m.Forget(generation):
+                if generation in self._services:
+                    self._services[generation].forget()
+            case m.Prefetch(_, incarnation, slots):
+                if incarnation in self._streams:
+                    self._streams[incarnation].send({"type": "prefetch", "slots": slots.tolist()})
+            case m.StateChange(name, reason):
+                log.info("%s%s", name, reason and f": {reason}")
+                self.watcher.changed(name, reason)
+                if reason.startswith("drain dropped"):
+                    for _, left in self._draining.values():
+                        if not left.done():
+                            left.set_exception(Unavailable(reason))
+
+    def _start_service(self, generation: int, nodes: tuple[int, ...]) -> None:
+        self._nodes[generation] = nodes
+        try:
+            service = ServiceProcess(generation, len(nodes), self.cluster.service, self.cluster.environ, self)
+        except OSError as e:
+            log.error("JAX service: cannot be started: %s", e)
+            return self._do(self._membership.service_lost(generation, time.monotonic()))
+        self._services[generation] = service
+
+    def _fence(self, rank: int, incarnation: int, generation: int, node: int, now: float) -> None:
+        service, stream = self._services.get(generation), self._streams.get(incarnation)
+        self._recoveries.fence(now if stream is None else stream.ill_since or stream.heard, now)
+        if service is not None:
+            self._fences.setdefault((generation, node), deque()).append((rank, incarnation))
+            service.fence(node)
+
+    def _dismiss(self, rank: int, incarnation: int, reason: str) -> None:
+        if self._members.get(rank) == incarnation:
+            del self._members[rank]
+        self._ledger.lost(rank, incarnation)
+        stream = self._streams.get(incarnation)
+        if stream is not None:
+            log.info("rank %d: dismissed: %s", rank, reason)
+            stream.dismiss(reason)
+            self.watcher.dismissed(rank, stream.pid)
+        for incarnations, left in self._draining.values():
+            incarnations.discard(incarnation)
+            if not incarnations and not left.done():
+                left.set_result(None)
+
+    def _start_engine(self, action: m.StartEngine) -> None:
+        stream = self._current[action.rank]
+        self._members.pop(action.rank, None)
+        self._ledger.lost(action.rank, stream.incarnation)
+        stream.incarnation = action.incarnation
+        self._streams[action.incarnation] = stream
+        nodes = self._nodes[action.generation]
+        start = {
+            "type": "start",
+            "address": self._services[action.generation].address,
+            "node": action.node,
+            "num_nodes": len(nodes),
+            "generation": action.generation,
+            "rank": action.rank,
+            "slots": action.slots.tolist(),
+            "sizes": self._sizes(action.generation, len(nodes)),
+            **self.cluster.start,
+        }
+        stream.start_engine(action.generation, start)
+
+    def _sizes(self, generation: int, most: int) -> list[int]:
+        """Of the meshes that an engine which starts now may be in: first that of its first epoch, then the next losses
+        and returns, then what is left."""
+        epoch = self._membership.epoch
+        serving = epoch is not None and epoch.generation == generation
+        first = min(len(self._members) + 1, most) if serving else most
+        return sorted(range(1, most + 1), key=lambda size: (abs(size - first), -size))
+
+    def _announce(self, epoch: m.Epoch, shrink: bool, leavers: Sequence[int], now: float) -> None:
+        self._bell += 1
+        body = {
+            "type": "epoch",
+            "number": epoch.number,
+            "order": list(epoch.order),
+            "nodes": list(epoch.nodes),
+            "slots": epoch.slots.tolist(),
+            "shrink": shrink,
+            "bell": self._bell,
+        }
+        frame = encode(body)
+        members = dict(zip(epoch.order, epoch.incarnations, strict=True))
+        told = [*members.values(), *(self._current[rank].incarnation for rank in leavers if rank in self._current)]
+        for incarnation in told:
+            if incarnation in self._streams:
+                self._streams[incarnation].send_frames(frame)
+        self._recoveries.announced(self._membership.recoveries[-1], list(leavers), now)
+        self._members = members
+        self._epochs = {incarnation: self._epochs.get(incarnation, 0) + 1 for incarnation in epoch.incarnations}
+        self._ledger.drain(leavers)
+        self._place()  # right behind the epoch, so that it is there when the engine goes on
+
+    # Time
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if now - self._ticked > _STOOD_STILL:
+            for service in self._services.values():
+                service.resume(now)
+        self._ticked = now
+        self._tick_at = now + _TICK
+        self._timer = asyncio.get_running_loop().call_at(self._tick_at, self._tick)
+        for service in list(self._services.values()):
+            service.look(now)
+        self._do(self._membership.tick(now))
+        if self._membership.state == "SERVING" and self.cluster.repairs is not None:
+            self.cluster.repairs.work()
+
+    def _plan_tick(self) -> None:
+        """Sooner than planned, if something is due."""
+        if self._timer is not None and not self._closed and self._membership.due < self._tick_at - 0.001:
+            self._timer.cancel()
+            self._tick_at = max(self._membership.due, time.monotonic())
+            self._timer = asyncio.get_running_loop().call_at(self._tick_at, self._tick)
+
+    # Operators
+
+    async def drain(self, host: str, away: bool = True) -> dict[str, Any]:
+        """Move a host's requests away and let its ranks leave; {"ranks": those, "epoch": the first without them}.
+
+        away: they are not started again here; otherwise they come back as new processes.
+        Raises LookupError for an unknown host, Unavailable when the others could not hold all experts, or not now.
+        """
+        hosts = self.cluster.rules.hosts
+        if host not in hosts:
+            raise LookupError(f"host: found {host!r}, expected one of {', '.join(sorted(set(hosts)))}")
+        ranks = [r for r, s in sorted(self._current.items()) if s.host == host and s.dismissed is None]
+        left = asyncio.get_running_loop().create_future()
+        self._draining[host] = {self._current[r].incarnation for r in ranks}, left
+        try:
+            refused, actions = self._membership.drain(host, time.monotonic())
+            if refused is not None:
+                raise Unavailable(refused)
+            if away:
+                self.watcher.drained(host)
+            self._do(actions)
+            await left
+        finally:
+            self._draining.pop(host, None)
+        return {"ranks": ranks, "epoch": self._membership.status()["epoch"]}
+
+    def worn_host(self, most: int) -> str | None:
+        """A host with an engine that has been in more than `most` epochs, the most worn one; None also while a rank is
+        missing or another host could not be spared."""
+        status = self.status()
+        whole = all(rank["state"] == "live" for rank in status["ranks"])
+        if status["state"] != "SERVING" or not whole or status["experts"]["survivable_host_losses"] < 1:
+            return None
+        epochs, rank = max((self._epochs[incarnation], rank) for rank, incarnation in self._members.items())
+        return self.cluster.rules.hosts[rank] if epochs > most else None
+
+    def status(self) -> dict[str, Any]:
+        """What `moe-jax status --json` prints."""
+        status, hosts = self._membership.status(), self.cluster.rules.hosts
+        epoch = self._membership.epoch
+        for rank in status["ranks"]:
+            stream = self._current.get(rank["rank"])
+            known = stream if rank["state"] != "lost" else None
+            rank["pid"] = None if known is None else known.engine_pid
+            rank["supervisor_pid"] = None if known is None else known.pid
+            rank["device"] = None if known is None else known.device
+        live = [r["rank"] for r in status["ranks"] if r["state"] == "live"]
+        return {
+            **status,
+            "experts": None if epoch is None else _experts(epoch.slots, live, hosts, self.cluster.num_experts),
+            "compilations": self._compiled,
+            "recoveries": self._recoveries.changes(),
+            "switches": self._recoveries.switches(),
+            "service_pid": next((s.pid for s in reversed(self._services.values())), None),
+            "requests": {"open": len(self._ledger), "waiting": self._ledger.waiting, **vars(self._ledger.counts)},
+        }
+
+    async def ask(self, question: dict[str, Any], timeout: float = 10.0) -> dict[int, dict[str, Any]]:
+        """Every member's answer of the question's type, by rank. Raises TimeoutError."""
+        kind, streams = question["type"], {r: self._streams[i] for r, i in self._members.items()}
+        for stream in streams.values():
+            stream.answers.pop(kind, None)
+            stream.send(question)
+        async with asyncio.timeout(timeout):
+            while not all(kind in stream.answers for stream in streams.values()):
+                await asyncio.sleep(0.005)
+        return {rank: stream.answers[kind] for rank, stream in streams.items()}
+
+
+def _experts(slots: np.ndarray, live: list[int], hosts: Sequence[str], num_experts: int) -> dict[str, Any]:
+    slots = slots[:, live]
+    count = placement.replicas(slots, num_experts)
+    return {
+        "logical": int(count.size),
+        "slots": slots.shape[1] * slots.shape[2],
+        "missing": int((count == 0).sum()),
+        "min_replicas": int(count.min()) if count.size else 0,
+        "survivable_host_losses": placement.survivable_host_losses(slots, [hosts[r] for r in live], num_experts),
+    }
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0][:300]

@@ -1,0 +1,87 @@
+"""One end of a Unix socket in an asyncio event loop: bytes in, bytes out, and its end, all without blocking.
+
+Bytes, not messages: a supervisor passes them on unread. `serving.channel` has the messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+
+MAX_UNSENT = 64 << 20  # bytes: another end that is so far behind is not listening
+_RECEIVE = 1 << 18
+
+
+class Pipe:
+    """Belongs to the running event loop. `received` is called with what arrives, `closed` once, when the other end is
+    gone or does not listen; not when `close` was called here."""
+
+    def __init__(self, fd: int, received: Callable[[bytes], None], closed: Callable[[], None]) -> None:
+        """`fd` is duplicated, and made non-blocking for all who share it."""
+        self._loop = asyncio.get_running_loop()
+        self._socket = socket.socket(fileno=os.dup(fd))
+        self._socket.setblocking(False)
+        self._received, self._closed = received, closed
+        self._unsent = bytearray()
+        self._loop.add_reader(self._socket, self._read)
+
+    @property
+    def open(self) -> bool:
+        return self._socket.fileno() >= 0
+
+    def write(self, data: bytes) -> None:
+        """In order, and in the background where the other end is behind. Nothing happens once it is closed."""
+        if not self.open:
+            return
+        was_empty = not self._unsent
+        self._unsent += data
+        if was_empty:
+            self._flush()
+        if len(self._unsent) > MAX_UNSENT:
+            self._end()
+
+    def pause(self) -> None:
+        """Receive nothing for now; the other end waits once the socket is full."""
+        if self.open:
+            self._loop.remove_reader(self._socket)
+
+    def resume(self) -> None:
+        if self.open:
+            self._loop.add_reader(self._socket, self._read)
+
+    def close(self) -> None:
+        """The other end sees it. May be called twice."""
+        if self.open:
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+            self._socket.close()
+
+    def _read(self) -> None:
+        try:
+            data = self._socket.recv(_RECEIVE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self._received(data)
+        else:
+            self._end()
+
+    def _flush(self) -> None:
+        try:
+            del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.clear()  # its end is seen by the reader, after what it said last
+        if self._unsent:
+            self._loop.add_writer(self._socket, self._flush)
+        else:
+            self._loop.remove_writer(self._socket)
+
+    def _end(self) -> None:
+        self.close()
+        self._closed()

@@ -1,0 +1,188 @@
+"""`moe-jax serve`: a coordinator with its public services, and the workers of this machine.
+
+It lives until a signal ends it, and then everything ends with it. Only before the first epoch a failure is final: a
+model that no worker can load will not be loaded the next time either. After that what fails is started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config import ModelConfig
+from moe_jax.text import Tokenizer
+from serving.api import Admin, Inference, add_to
+from serving.cluster import Cluster, host_labels, make_cluster
+from serving.coordinator import Coordinator, Watcher
+from serving.environment import Platform, compilation_cache, engine_environment
+from serving.journal import Journal
+from serving.launcher import Launcher
+from serving.ledger import Ledger
+from serving.worker import DISMISSED
+
+log = logging.getLogger(__name__)
+
+_STARTUP = 600.0  # seconds that an engine may take to join, to load and to compile
+_ATTEMPTS = 3  # ends of a rank's worker before the first epoch
+
+
+@dataclass(frozen=True)
+class Options:
+    model: Path
+    address: str  # host:port; port 0: any
+    platform: Platform
+    hosts: int = 1
+    ranks_per_host: int = 1
+    load_format: str = "auto"
+    engine: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineConfig
+    workers: bool = True  # start them here; else they come from other machines
+    restart: bool = True
+    journal: Path | None = None  # directories, made if need be
+    log_dir: Path | None = None
+
+
+def prepare(options: Options) -> tuple[Cluster, ModelConfig]:
+    """Raises ValueError (CheckpointError, ConfigError) for a model or options that cannot be served."""
+    labels = host_labels(options.hosts, options.ranks_per_host)
+    if options.workers:
+        for rank in range(len(labels)):
+            engine_environment(rank, options.platform, os.environ)
+    cache: Path | None = compilation_cache(options.platform, None, os.environ)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        log.warning("%s: compiled programs cannot be kept there (%s)", cache, e.strerror)
+        cache = None
+    cluster, model, _ = make_cluster(
+        options.model, labels, options.platform, options.load_format, cache, _STARTUP, **options.engine
+    )
+    return cluster, model
+
+
+class Server:
+    """Belongs to the running event loop."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        journal: Journal,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        restart: bool = True,
+        linger: float = 1.0,
+    ) -> None:
+        """vocab_size, eos_token_ids, linger: as in Inference."""
+        self.cluster, self.journal = cluster, journal
+        self.watcher = Watcher(engine_failed=self._engine_failed, changed=self._changed)
+        self.coordinator = Coordinator(cluster, journal, self.watcher)
+        self.inference = Inference(self.coordinator, tokenizer, vocab_size, eos_token_ids, journal, linger)
+        self.launcher: Launcher | None = None
+        self.serving = asyncio.Event()  # has begun, once
+        self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # raises it
+        self._restart = restart
+        self._ends: dict[int, int] = {}  # of each rank's worker before the first epoch
+        self._said: dict[int, str] = {}  # by its engine, the last time
+        take_over(self.coordinator, journal)
+        self.inference.adopt(journal.unfinished)
+
+    async def start(self, address: str) -> str:
+        """Listen; returns "host:port". Raises OSError."""
+        return await self.coordinator.start(
+            address, [lambda server: add_to(server, self.inference, Admin(self.coordinator))]
+        )
+
+    def start_workers(self, platform: Platform, log_dir: Path | None = None) -> None:
+        """On this machine, as far as they belong to the cluster."""
+        self.launcher = Launcher(
+            self.coordinator.address,
+            self.cluster.rules.hosts,
+            platform,
+            restart=self._restart,
+            environ=self.cluster.environ,
+            log_dir=log_dir,
+            engine=self.cluster.engine,
+            ended=self._worker_ended,
+        )
+        self.watcher.dismissed, self.watcher.drained = self.launcher.dismissed, self.launcher.hold
+        self.launcher.start()
+
+    async def close(self) -> None:
+        """End everything, within seconds. Requests that have not ended stay in the journal."""
+        self.inference.close()
+        await self.coordinator.close()
+        if self.launcher is not None:
+            await self.launcher.close()
+        self.journal.close()
+
+    # What happens
+
+    def _changed(self, state: str, reason: str) -> None:
+        if state == "SERVING":
+            self.serving.set()
+
+    def _engine_failed(self, rank: int, kind: str, text: str) -> None:
+        self._said[rank] = text
+        if self.launcher is not None and kind in ("CheckpointError", "ConfigError"):
+            self._fail(ValueError(f"rank {rank}: {text}"))
+
+    def _worker_ended(self, rank: int, code: int | None, what: str) -> None:
+        log.info("%s", what)
+        if code != DISMISSED:
+            self._ends[rank] = self._ends.get(rank, 0) + 1
+            if self._ends[rank] >= _ATTEMPTS or not self._restart:
+                self._fail(RuntimeError(self._said.get(rank, what)))
+
+    def _fail(self, error: Exception) -> None:
+        if not self.serving.is_set() and not self.failure.done():
+            self.failure.set_exception(error)
+
+
+def take_over(coordinator: Coordinator, journal: Journal) -> None:
+    """Go on with the numbers and the requests of the coordinator that wrote this journal. Before `start`."""
+    membership, ledger = coordinator._membership, coordinator._ledger
+    membership.restore_from(*journal.last_numbers)
+    coordinator._numbers = membership.numbers
+    coordinator._ledger = Ledger(ledger._draw_seed, journal.first_number)
+    coordinator._ledger.restore(journal.unfinished)
+
+
+async def serve(options: Options, cluster: Cluster, model: ModelConfig, say: Callable[[str], None]) -> None:
+    """Until SIGTERM or SIGINT. `say` gets one line, when requests are served for the first time.
+
+    Raises ValueError for what a worker or a journal found wrong with the model or the options, RuntimeError for
+    workers that do not start, OSError for an address or a directory that cannot be used.
+    """
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    for directory in (options.journal, options.log_dir):
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer.from_directory(options.model)
+    journal = Journal(None if options.journal is None else options.journal / "journal.sqlite")
+    eos = tokenizer.eos_token_ids or model.eos_token_ids
+    server = Server(cluster, journal, tokenizer, model.vocab_size, tuple(eos), options.restart)
+    waiting = [asyncio.ensure_future(f) for f in (ended.wait(), server.serving.wait(), server.failure)]
+    try:
+        address = await server.start(options.address)
+        log.info("%s: waiting for %d workers", address, len(cluster.rules.hosts))
+        if options.workers:
+            server.start_workers(options.platform, options.log_dir)
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if server.failure.done():
+            server.failure.result()
+        if not ended.is_set():
+            engines = [str(rank["pid"]) for rank in server.coordinator.status()["ranks"] if rank["pid"] is not None]
+            say(f"serving at {address}: coordinator {os.getpid()}, engines {' '.join(engines)}")
+        await ended.wait()
+    finally:
+        for future in waiting:
+            future.cancel()
+        await server.close()

@@ -1,0 +1,262 @@
+"""The supervisor of one rank: `python -m serving.worker --coordinator ADDR --rank R --host NAME`.
+
+It speaks gRPC with the coordinator and owns the engine process, which must hold no foreign TCP socket and may be inside
+a collective or a compilation for any length of time. It passes frames on unread, and says five times a second that it
+lives and whether its engine does. A worker is both processes or none: when the engine ends it reports that and exits,
+and a frame, a stop or a kill that ends it takes the engine along.
+
+Exit codes: 75 dismissed by the coordinator (start it again, if it shall come back), 1 failed, 0 told to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from serving.channel import MAX_MESSAGE, encode, whole_frames
+from serving.child import Child
+from serving.environment import Platform, engine_environment, guess_platform
+from serving.outgoing import Outgoing
+from serving.pipe import Pipe
+from serving.protos import cluster_pb2 as pb
+from serving.protos import cluster_pb2_grpc as rpc
+
+PROTOCOL = "1"  # of what is said on the stream; the coordinator dismisses any other
+DISMISSED = 75  # EX_TEMPFAIL of sysexits.h: start it again
+HEARTBEAT = 0.2  # seconds
+GRPC_OPTIONS = (  # of both ends
+    ("grpc.max_receive_message_length", 2 * MAX_MESSAGE + (1 << 20)),
+    ("grpc.max_send_message_length", 2 * MAX_MESSAGE + (1 << 20)),
+    ("grpc.keepalive_time_ms", 10_000),  # a cut is noticed, though nobody says goodbye
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # what `read` gives at the end of a stream
+_LOOK = 0.05  # seconds between two looks at the engine and the parent
+_MAX_WAITING = 8 << 20  # bytes to the coordinator; beyond that the engine keeps what it has to say
+_RETRY = (0.1, 2.0)  # seconds: the first and the longest pause between two tries to reach the coordinator
+
+
+@dataclass(frozen=True)
+class Options:
+    coordinator: str
+    rank: int
+    host: str
+    platform: Platform
+    patience: float = 30.0  # seconds without a coordinator
+    engine: str = "serving.engine_process"  # a module; tests have another
+    parent: int | None = None  # socket whose end means to exit
+
+
+class Supervisor:
+    """Runs in one event loop until `exit_code` is set."""
+
+    def __init__(self, options: Options) -> None:
+        """Raises ValueError as engine_environment does."""
+        self.options = options
+        self.exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._environ = engine_environment(options.rank, options.platform, os.environ)
+        self._engine: Child | None = None
+        self._pipe: Pipe | None = None
+        self._unread = bytearray()  # from the engine: the beginning of a frame
+        self._outgoing = Outgoing[Any](lambda frames: pb.WorkerMessage(frame=frames))
+        self._paused = self._connected = self._failed = False
+        self._incarnation = 0
+        self._parent = os.getppid()
+        self._parent_pipe: Pipe | None = None
+        if options.parent is not None:
+            self._parent_pipe = Pipe(options.parent, lambda data: None, lambda: self._exit(0))
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._exit, 0)
+        tasks = [asyncio.create_task(self._look()), asyncio.create_task(self._stay_connected())]
+        try:
+            await asyncio.wait([self.exit_code, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()  # raises what ended it
+            return self.exit_code.result()
+        finally:
+            self._end_engine()
+
+    def _exit(self, code: int) -> None:
+        if not self.exit_code.done():
+            self.exit_code.set_result(code)
+
+    # The coordinator
+
+    async def _stay_connected(self) -> None:
+        """One stream after the other. The engine outlives a stream, so that another coordinator could take it over."""
+        pause, heard = _RETRY[0], time.monotonic()
+        while True:
+            try:
+                async with grpc.aio.insecure_channel(self.options.coordinator, options=GRPC_OPTIONS) as channel:
+                    call = rpc.ClusterStub(channel).Control()
+                    async for message in self._messages(call):
+                        pause, heard = _RETRY[0], time.monotonic()
+                        self._obey(message)
+            except grpc.aio.AioRpcError as e:
+                error = e.details()
+            else:
+                error = "it closed the stream"
+            if self._failed:
+                return self._exit(1)
+            if time.monotonic() - heard > self.options.patience:
+                _say(f"coordinator {self.options.coordinator}: not reached for {self.options.patience:g} s: {error}")
+                self._exit(1)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _RETRY[1])
+
+    async def _messages(self, call: Any) -> AsyncIterator[Any]:
+        """What the coordinator says on one stream, while what waits for it is written."""
+        hello = pb.Hello(
+            rank=self.options.rank,
+            host=self.options.host,
+            pid=os.getpid(),
+            device=self.options.platform,
+            version=PROTOCOL,
+            incarnation=self._incarnation,
+        )
+        await call.write(pb.WorkerMessage(hello=hello))
+        writing = asyncio.create_task(self._outgoing.run(call.write))
+        self._connected = True
+        try:
+            while (message := await call.read()) is not EOF:
+                yield message
+        finally:
+            self._connected = False
+            writing.cancel()
+            with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await writing
+
+    def _obey(self, message: Any) -> None:
+        match message.WhichOneof("kind"):
+            case "frame":
+                if self._pipe is not None:
+                    self._pipe.write(message.frame)
+            case "start":
+                self._start_engine(json.loads(message.start.start_json))
+            case "welcome":
+                self._incarnation = message.welcome.incarnation
+            case "dismiss":
+                _say(f"dismissed: {message.dismiss.reason}")
+                self._exit(1 if self._failed else DISMISSED)
+
+    # The engine
+
+    def _start_engine(self, start: dict[str, Any]) -> None:
+        self._end_engine()
+        self._failed = False
+        name, arguments = f"rank {self.options.rank}", [str(self.options.rank), "{fd}"]
+        self._engine = Child(name, self.options.engine, arguments, self._environ, log=2, session=False)
+        self._pipe = Pipe(self._engine.channel.fileno(), self._pass_on, self._engine_ended)
+        self._engine.channel.close()  # the pipe has it now
+        # A word of ours among the engine's: what follows is from this one, and no longer from one before it.
+        self._outgoing.put_frames(encode({"type": "started", "pid": self._engine.pid}))
+        self._pipe.write(encode(start))
+
+    def _pass_on(self, data: bytes | bytearray) -> None:
+        if self._unread:
+            self._unread += data
+            data = self._unread
+        size = whole_frames(data)
+        if size:
+            self._outgoing.put_frames(bytes(data[:size]))
+        self._unread = bytearray(data[size:])
+        if self._outgoing.waiting > _MAX_WAITING and self._pipe is not None:
+            self._paused = True
+            self._pipe.pause()
+
+    def _engine_ended(self) -> None:
+        assert self._engine is not None
+        with contextlib.suppress(Exception):
+            self._engine.process.wait(0.02)  # for its exit code
+        # The coordinator closes the stream, which ends this process; or else has us start another engine.
+        self._failed = True
+        self._outgoing.put(pb.WorkerMessage(ended=pb.EngineEnded(reason=self._engine.describe())))
+        self._end_engine()
+
+    def _end_engine(self) -> None:
+        if self._engine is not None and self._pipe is not None:
+            self._pipe.close()  # nothing more is heard of it
+            self._engine.kill()
+            with contextlib.suppress(Exception):
+                self._engine.process.wait(5.0)
+            self._engine.close()
+        self._engine = self._pipe = None
+        self._unread.clear()
+
+    async def _look(self) -> None:
+        """Heartbeats: five times a second, and at once when the engine's state changes."""
+        said, said_at = None, 0.0
+        while True:
+            if os.getppid() != self._parent:
+                return self._exit(0)
+            state = "X" if self._engine is None else self._engine.state
+            beat = pb.Heartbeat(engine_running=state not in "XZ", engine_stopped=state in "tT")
+            now = time.monotonic()
+            if self._connected and (beat != said or now - said_at >= HEARTBEAT):
+                self._outgoing.put(pb.WorkerMessage(heartbeat=beat))
+                said, said_at = beat, now
+            if self._paused and self._pipe is not None and self._outgoing.waiting < _MAX_WAITING // 2:
+                self._paused = False
+                self._pipe.resume()
+            await asyncio.sleep(_LOOK)
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} worker: {text}", file=sys.stderr, flush=True)
+
+
+def parse(argv: Sequence[str] | None) -> Options:
+    parser = argparse.ArgumentParser(prog="serving.worker", description="One rank of a cluster.")
+    configure(parser)
+    return options(parser.parse_args(argv))
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--coordinator", required=True, metavar="ADDR", help="host:port of the coordinator")
+    parser.add_argument("--rank", type=int, required=True, metavar="R", help="this worker's number, from 0")
+    parser.add_argument("--host", required=True, metavar="NAME", help="label of the failure domain it belongs to")
+    parser.add_argument("--platform", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="seconds to go on uncoordinated")
+    parser.add_argument("--engine", default=Options.engine, help=argparse.SUPPRESS)
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+
+
+def options(args: argparse.Namespace) -> Options:
+    platform = args.platform or guess_platform(os.environ.get("JAX_PLATFORMS"))
+    return Options(args.coordinator, args.rank, args.host, platform, args.patience, args.engine, args.parent)
+
+
+async def supervise(options: Options) -> int:
+    return await Supervisor(options).run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return asyncio.run(supervise(parse(argv)))
+
+
+if __name__ == "__main__":
+    code = 1
+    try:
+        code = main()
+    finally:
+        sys.stderr.flush()
+        if sys.exc_info()[0] is None:
+            os._exit(code)  # nothing is left to say, and gRPC may take its time
