@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := $(VENV)/bin
 SET_UP := $(VENV)/.stamp
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench protos clean
 
 demo: $(SET_UP)-demo
 	@$(BIN)/python scripts/demo.py
@@ -26,6 +26,12 @@ lint: $(SET_UP)-dev,test,oracle
 
 bench: $(SET_UP)-test,oracle
 	$(BIN)/python scripts/bench_cpu.py $(BENCH_ARGS)
+
+# Not in $(VENV): the tools want protobuf 6.
+protos:
+	@test -x .venv-protos/bin/python || $(PYTHON) -m venv .venv-protos
+	@.venv-protos/bin/python -m pip install -qq grpcio-tools==1.76.0
+	.venv-protos/bin/python scripts/generate_protos.py
 
 clean:
 	rm -rf .venv .venv-* .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -524,9 +524,9 @@ def restore(
 
     An expert on fewer than `replication` hosts gets one more: an empty slot, a second replica's on one host, or that of
     an expert that is on more hosts even without it, on the most first, then (with load [layers, experts]) the coldest.
-    If such slots are only on hosts that have it already, other experts make way, one move each. So the fewest hosts that
-    any expert is on never fall, and where the promise can be kept it is. Slots that are still empty, such as a returned
-    rank's, are filled as `plan` would. The input comes back when nothing improves. Scatter is not considered.
+    If such slots are only on hosts that have it already, other experts make way, one move each. So the fewest hosts
+    that any expert is on never fall, and where the promise can be kept it is. Slots that are still empty, such as a
+    returned rank's, are filled as `plan` would. The input comes back when nothing improves. Scatter is not considered.
     """
     live, placed, host = _live(slots, ranks, hosts)
     shares = _shares(load, len(slots), num_experts)
@@ -639,6 +639,19 @@ def imbalance(slots: np.ndarray, ranks: Sequence[int], load: np.ndarray | None, 
     placed = slots[:, np.asarray(ranks, np.int64)]
     total = _slot_load(placed, _shares(load, len(slots), num_experts)).sum(2)
     return float((total.max(1) / total.mean(1)).mean())
+
+
+def imbalance_bound(ranks: int, slots: int, replication: int, load: np.ndarray) -> float:
+    """What `imbalance` over all ranks cannot go below while the promise is kept, averaged over layers.
+
+    load [layers, experts]. Some rank holds a replica of the expert with the most load per replica, however the slots
+    beyond the promise are used, and where those are few it must hold other experts' promised replicas too.
+    """
+    shares = _shares(load, *load.shape)
+    hottest = (shares / _count_replicas(shares, ranks * slots, replication, ranks)).max(1)
+    forced = max(slots - 1 - (ranks * slots - shares.shape[1] * replication), 0)
+    coldest = np.sort(shares, axis=1)[:, :forced].sum(1) / replication
+    return float(np.maximum((hottest + coldest) * ranks, 1).mean())
 
 
 def fatal_probability(

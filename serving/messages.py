@@ -6,7 +6,6 @@ cancelled one cannot be taken for a later request of the same id.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from moe_jax.request import Request, SamplingParams, TokenEvent
@@ -15,7 +14,7 @@ PackedEvent = list[Any]  # [number, index, token, logprob, top, finish_reason]
 
 
 def pack_request(number: int, request: Request) -> dict[str, Any]:
-    return asdict(request) | {"request_id": str(number)}
+    return vars(request) | {"request_id": str(number), "params": vars(request.params)}
 
 
 def unpack_request(packed: dict[str, Any]) -> Request:

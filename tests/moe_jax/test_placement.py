@@ -126,7 +126,7 @@ def test_any_lost_hosts_below_replication_leave_every_expert_alive(data):
     assert survives_all(placed, hosts, num_experts, replication - 1)
     assert placement.survivable_host_losses(placed, hosts, num_experts) >= replication - 1
 
-    everywhere = holders(placed, hosts, num_experts).all(2)
+    everywhere = np.asarray(holders(placed, hosts, num_experts).all(2))
     for layer in range(2):
         for expert in range(num_experts):
             ranks = np.nonzero(placed[layer] == expert)[0]
@@ -193,6 +193,13 @@ def test_odd_numbers(hosts, slots, replication):
     assert (placed >= 0).all()  # the slots beyond the promise are used too
     assert placement.replicas(placed, 16).max() <= replication + 1
     assert survives_all(placed, list(hosts), 16, replication - 1)
+
+
+def test_without_a_slot_to_spare_it_comes_close_to_the_bound():
+    load = make_load("zipf", 20, 256)
+    uneven = placement.imbalance(plan(20, 256, ONE_EACH, 16, 2, load), range(32), load, 256)
+    lowest = placement.imbalance_bound(32, 16, 2, load)
+    assert 2.5 < lowest <= uneven <= 1.02 * lowest
 
 
 @pytest.mark.parametrize("kind", LOADS)

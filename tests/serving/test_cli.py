@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 import serving.cli
 from serving.cli import main
+from serving.protos import inference_pb2 as pb
+from serving.protos import inference_pb2_grpc as rpc
 
 ROOT = Path(serving.cli.__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "moe_jax"))
@@ -86,10 +95,15 @@ def test_bad_input_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["nope"], ["generate"], ["generate", "--nope"], ["generate", "--hosts", "0"], ["generate", "--hosts"]]
+    "argv",
+    [
+        *("", "nope", "generate", "generate --nope", "generate --hosts 0", "generate --hosts"),
+        *("serve --address nowhere", "serve --address x:99999", "serve --workers some", "serve --hosts 0"),
+        *("worker --rank 0 --host a", "worker --coordinator a:1 --rank -1 --host a", "status --address :1", "drain"),
+    ],
 )
-def test_bad_arguments(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(argv) == 2
+def test_bad_arguments(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv.split()) == 2
     assert "moe-jax" in capsys.readouterr().err
 
 
@@ -146,3 +160,148 @@ def test_processes_start_fast_and_agree(tmp_path: Path) -> None:
     assert min(seconds) < 0.3
     check = "import sys, serving.cli; serving.cli.main(['--help']); assert not {'jax', 'moe_jax'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True).returncode == 0
+
+
+# A cluster's commands
+
+
+STATUS: dict[str, Any] = {
+    "epoch": 3,
+    "state": "SERVING",
+    "reason": "",
+    "ranks": [
+        {"rank": 0, "host": "a", "pid": 11, "state": "live", "device": "cpu"},
+        {"rank": 1, "host": "b", "pid": None, "state": "lost", "device": None},
+    ],
+    "experts": {"logical": 8, "slots": 6, "missing": 0, "min_replicas": 1, "survivable_host_losses": 0},
+    "compilations": 0,
+    "recoveries": [
+        {"epoch": 3, "lost": [1], "joined": [], "detect_ms": 1.5, "fence_ms": 2, "agree_ms": 3, "load_ms": 4}
+        | {"compile_ms": 0, "rebuild_ms": 5, "resume_ms": 6, "pause_ms": None}
+    ],
+}
+
+
+class FakeAdmin(rpc.AdminServicer):
+    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusResponse:
+        return pb.StatusResponse(json=json.dumps(STATUS))
+
+    def Drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainResponse:
+        if request.host == "x":
+            context.abort(grpc.StatusCode.NOT_FOUND, "host: found 'x', expected one of a, b")
+        if request.host == "a":
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "host a: too few slots")
+        return pb.DrainResponse(ranks=[2, 3], epoch=7)
+
+
+@pytest.fixture(scope="module")
+def coordinator() -> Iterator[str]:
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    rpc.add_AdminServicer_to_server(FakeAdmin(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+def test_status(coordinator: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--address", coordinator, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == STATUS
+    assert main(["status", "--address", coordinator]) == 0
+    shown = capsys.readouterr().out
+    assert "SERVING, epoch 3" in shown and "8 experts in 6 slots a layer, 0 missing" in shown
+    assert re.search(r"1 +b +lost +– +–", shown) and re.search(r"3 +1 +– +2 +2 +3 +4 +0 +5 +6 +–", shown)
+
+
+def test_drain(coordinator: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["drain", "b", "--address", coordinator, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"host": "b", "ranks": [2, 3], "epoch": 7}
+    assert main(["drain", "b", "--address", coordinator]) == 0
+    assert capsys.readouterr().out == "b: ranks 2 3 left; the cluster is in epoch 7\n"
+    assert main(["drain", "x", "--address", coordinator]) == 2
+    assert capsys.readouterr().err == "moe-jax drain: host: found 'x', expected one of a, b\n"
+    assert main(["drain", "a", "--address", coordinator]) == 1
+    assert "FAILED_PRECONDITION: host a: too few slots" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        ("status --address 127.0.0.1:1", 1, "127.0.0.1:1: UNAVAILABLE"),
+        ("serve --model nowhere", 2, "nowhere"),
+        ("serve --hosts 2 --replication 3", 2, "replication"),
+        ("serve --address TAKEN", 1, "cannot listen there"),
+        ("serve --address 127.0.0.1:0 --journal BROKEN", 2, "move it away"),
+    ],
+)
+def test_cluster_commands_fail_in_one_line(
+    argv: str, code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "journal.sqlite").write_text("this is no journal at all")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert main(argv.replace("TAKEN", address).replace("BROKEN", str(tmp_path)).split()) == code
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err.splitlines()[-1] and "Traceback" not in captured.err
+
+
+@contextmanager
+def served(*argv: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(`moe-jax serve` as a process, the address that it says it serves at)."""
+    command = [sys.executable, "-m", "serving.cli", "serve", "--address", "127.0.0.1:0", *argv]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            found = re.fullmatch(r"serving at (\S+): coordinator (\d+), engines \d+ \d+\n", line)
+            assert found is not None and int(found[2]) == server.pid, line
+            yield server, found[1]
+        finally:
+            server.kill()  # what it started ends with it
+
+
+def running() -> set[int]:
+    """Processes of ours on this machine."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"-m\0serving." in (entry / "cmdline").read_bytes():
+                found.add(int(entry.name))
+        except OSError:
+            pass
+    return found
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = running()
+    argv = ("--hosts", "2", "--max-batch", "16", "--log-dir", str(tmp_path / "logs"), "--journal", str(tmp_path))
+    with served(*argv) as (server, address), grpc.insecure_channel(address) as channel:
+        inference = rpc.InferenceStub(channel)
+
+        def status() -> dict[str, Any]:
+            assert main(["status", "--address", address, "--json"]) == 0
+            return json.loads(capsys.readouterr().out)
+
+        params = pb.SamplingParams(max_tokens=200, temperature=0.8, seed=1, ignore_eos=True)
+        asked = [pb.GenerateRequest(prompt=prompt, params=params) for prompt in ("The capital of", "Once upon a time")]
+        alone = [inference.Complete(a) for a in asked]
+        calls = [inference.Generate(a) for a in asked]
+        got = [[next(call) for _ in range(5)] for call in calls]
+        os.kill(status()["ranks"][1]["pid"], signal.SIGKILL)
+        for call, responses, a in zip(calls, got, alone, strict=True):
+            responses += call
+            assert [t for r in responses for t in r.token_ids] == list(a.token_ids) and len(a.token_ids) == 200
+            assert "".join(r.text for r in responses) == a.text
+        recoveries = status()["recoveries"]
+        assert recoveries[0]["lost"] == [1] and recoveries[0]["pause_ms"] is not None
+        started = running() - before
+        assert len(started) >= 4  # itself, the JAX service, two workers, an engine or two
+        server.terminate()
+        assert server.wait(10) == 0
+        deadline = time.monotonic() + 5
+        while left := running() & started:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+    assert {f.name for f in (tmp_path / "logs").iterdir()} == {"rank0.log", "rank1.log"}

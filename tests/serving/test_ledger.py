@@ -394,7 +394,7 @@ ACTIONS += ["start", "renew", "lose", "die", "drain", "cancel", "repeat"]
 HISTORIES = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 1 << 12)), min_size=60, max_size=150)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(HISTORIES, st.booleans())
 def test_every_stream_is_what_it_would_have_been(history, salted):
     world = World(salted)

@@ -25,7 +25,7 @@ from serving.membership import (
     StopService,
 )
 
-HISTORIES = int(os.environ.get("MEMBERSHIP_HISTORIES", "2500"))
+HISTORIES = int(os.environ.get("MEMBERSHIP_HISTORIES", "2000"))
 FIRST = int(os.environ.get("MEMBERSHIP_FIRST", "0"))
 LAYERS = 2
 
@@ -134,9 +134,8 @@ class World:
         self.now, self.heap, self.sequence = 0.0, [], 0
         ranks = rng.choice((1, 2, 2, 3, 3, 4, 4, 4, 5, 6))
         per_host = rng.choice((1, 1, 2))
-        self.experts, size = rng.randint(1, 6), rng.randint(1, 4)
-        while ranks * size < self.experts:
-            size += 1
+        self.experts = rng.randint(1, 6)
+        size = -(-self.experts * rng.choice((1, 2, 2, 3)) // ranks)
         self.rules = Rules(
             ranks,
             tuple(f"host{r // per_host}" for r in range(ranks)),
