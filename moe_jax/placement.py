@@ -645,11 +645,11 @@ def imbalance_bound(ranks: int, slots: int, replication: int, load: np.ndarray) 
     """What `imbalance` over all ranks cannot go below while the promise is kept, averaged over layers.
 
     load [layers, experts]. Some rank holds a replica of the expert with the most load per replica, however the slots
-    beyond the promise are used, and where those are few it must hold other experts' promised replicas too.
+    beyond the promise are used. Where there are none, all its other slots hold replicas of other experts.
     """
     shares = _shares(load, *load.shape)
     hottest = (shares / _count_replicas(shares, ranks * slots, replication, ranks)).max(1)
-    forced = max(slots - 1 - (ranks * slots - shares.shape[1] * replication), 0)
+    forced = slots - 1 if ranks * slots == shares.shape[1] * replication else 0
     coldest = np.sort(shares, axis=1)[:, :forced].sum(1) / replication
     return float(np.maximum((hottest + coldest) * ranks, 1).mean())
 

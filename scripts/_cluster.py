@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
+import platform
 import random
+import re
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,12 +60,13 @@ _PROMPTS = (
 
 @dataclass(frozen=True)
 class Shape:
-    """What a cluster is. slots, replication: None leaves `moe-jax serve` its own."""
+    """What a cluster is: options of `moe-jax serve`. None leaves it its own."""
 
     hosts: int
     ranks_per_host: int = 1
     slots: int | None = None
     replication: int | None = None
+    max_batch: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -76,6 +80,16 @@ class Shape:
     def __str__(self) -> str:
         each = f" of {self.ranks_per_host} ranks" if self.ranks_per_host > 1 else ""
         return f"{self.hosts} hosts{each}"
+
+
+def machine() -> dict[str, Any]:
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "cpu": found[1] if found else platform.processor(),
+        "cores": cores,
+        "jax": importlib.metadata.version("jax"),
+    }
 
 
 # What is asked
@@ -131,11 +145,9 @@ def _expect(jobs: Sequence[Job], shape: Shape) -> dict[Job, Output]:
     params = [
         SamplingParams(max_tokens=j.max_tokens, temperature=j.temperature, seed=j.seed, ignore_eos=True) for j in unlike
     ]
-    with LLM("demo") as llm:
+    with LLM("demo", max_batch=shape.max_batch) as llm:
         outputs = [out.outputs[0] for out in llm.generate([j.prompt for j in unlike], params)]
-    return {
-        j: Output(tuple(o.token_ids), o.text, o.finish_reason or "") for j, o in zip(unlike, outputs, strict=True)
-    }
+    return {j: Output(tuple(o.token_ids), o.text, o.finish_reason or "") for j, o in zip(unlike, outputs, strict=True)}
 
 
 def _compile(shape: Shape) -> None:
@@ -144,7 +156,7 @@ def _compile(shape: Shape) -> None:
     from moe_jax.warmup import Spec, ensure
     from serving import server
 
-    engine = {"slots": shape.slots, "replication": shape.replication}
+    engine = {"slots": shape.slots, "replication": shape.replication, "max_batch": shape.max_batch}
     options = server.Options(model_directory("demo"), "", "cpu", shape.hosts, shape.ranks_per_host, engine=engine)
     start = server.prepare(options)[0].start
     if start["cache"] is not None:
@@ -214,7 +226,13 @@ class Traffic:
     """`width` streams at any time: a new one starts as one ends, until `stop`. Job after job, over and over."""
 
     def __init__(
-        self, address: str, jobs: Sequence[Job], expected: dict[Job, Output], width: int, hang: float, retry: bool = False
+        self,
+        address: str,
+        jobs: Sequence[Job],
+        expected: dict[Job, Output],
+        width: int,
+        hang: float,
+        retry: bool = False,
     ) -> None:
         """hang: seconds without a token after which a stream is given up. retry: ask again when a stream breaks, as a
         client does whose server was restarted; otherwise that is an error."""
@@ -242,8 +260,12 @@ class Traffic:
         self._gaps.clear()
 
     def longest_gap(self, since: float, until: float) -> float | None:
-        """Seconds, of the gaps that overlap this time. None: there is none."""
+        """Seconds, of the gaps that began before `until` and ended after `since`. None: there is none."""
         return max((end - begin for begin, end in self._gaps if begin < until and end > since), default=None)
+
+    def longest_gap_after(self, since: float) -> float | None:
+        """Seconds, of the gaps that began later."""
+        return max((end - begin for begin, end in self._gaps if begin > since), default=None)
 
     async def all_moved(self, since: float) -> None:
         """Until every stream that runs now has got a token after `since`, or has ended."""
@@ -267,14 +289,12 @@ class Traffic:
     async def _follow(self, job: Job, request_id: str) -> bool:
         """Whether it should be asked again."""
         stream = self._running[request_id] = Stream(job)
-        call = self._stub.Generate(job.request(request_id))
+        call: Any = self._stub.Generate(job.request(request_id))
         try:
-            while True:
-                async with asyncio.timeout(self._hang):
-                    response = await call.read()
-                if response is grpc.aio.EOF:
-                    break
-                self._take(stream, response)
+            async with asyncio.timeout(self._hang) as hang:
+                async for response in call:
+                    self._take(stream, response)
+                    hang.reschedule(asyncio.get_running_loop().time() + self._hang)
             self.tally.judge(stream, self._expected[job], request_id)
         except TimeoutError:
             self.tally.hung += 1
@@ -409,13 +429,15 @@ class Cluster:
     async def drain(self, host: str) -> None:
         await self._admin.Drain(pb.DrainRequest(host=host), timeout=60.0)
 
-    async def until(self, done: Callable[[dict[str, Any]], Any], seconds: float, what: str) -> dict[str, Any]:
-        """The first status of which `done` is true. Raises TimeoutError."""
+    async def until(
+        self, done: Callable[[dict[str, Any]], Any], seconds: float, what: str, look: float = _LOOK
+    ) -> dict[str, Any]:
+        """The first status of which `done` is true, looked at every `look` seconds. Raises TimeoutError."""
         deadline = time.monotonic() + seconds
         while not done(status := await self.status()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{what}: not within {seconds:g} s; {summary(status)}")
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(look)
         return status
 
     async def processes(self) -> dict[str, int]:
@@ -451,8 +473,13 @@ class Cluster:
 
 
 def is_whole(status: dict[str, Any]) -> bool:
-    """All ranks serve."""
-    return status["state"] == "SERVING" and all(rank["state"] == "live" for rank in status["ranks"])
+    """All ranks serve, and tokens have come since the last change. Only while there is traffic."""
+    changes = [change for change in (*status["recoveries"], *status["switches"]) if change["cause"] != "start"]
+    return (
+        status["state"] == "SERVING"
+        and all(rank["state"] == "live" for rank in status["ranks"])
+        and all(change["resume_ms"] is not None for change in changes if change["epoch"] == status["epoch"])
+    )
 
 
 def summary(status: dict[str, Any]) -> str:
@@ -464,3 +491,15 @@ def worker_command(coordinator: str, rank: int, host: str) -> list[str]:
     """A worker that no launcher looks after."""
     arguments = ["--coordinator", coordinator, "--rank", str(rank), "--host", host]
     return [sys.executable, "-m", "serving.cli", "worker", *arguments]
+
+
+def run(main: Coroutine[Any, Any, Any]) -> Any:
+    """asyncio.run, which SIGTERM ends as Ctrl-C does: by way of what `main` has to clean up."""
+
+    async def guarded() -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await main
+
+    return asyncio.run(guarded())

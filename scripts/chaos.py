@@ -39,6 +39,7 @@ from _cluster import (
     summary,
     worker_command,
 )
+from _cluster import run as in_loop
 from rich.console import Console
 from rich.table import Table
 
@@ -206,7 +207,7 @@ class Chaos:
         """`fault` returns what it did, in words."""
         event = Event(len(self.events) + 1, name)
         self.events.append(event)
-        before = await self.whole("before the fault")
+        status = before = await self.whole("before the fault")
         await asyncio.sleep(self.random.uniform(0.2, 1.0))
         self.traffic.clear()
         begun, served = time.monotonic(), None
@@ -242,7 +243,7 @@ class Chaos:
         event.compilations = status["compilations"] - before["compilations"]
         served = served or begun + 5.0
         event.pause_ms = _ms(self.traffic.longest_gap(begun, served))
-        event.rejoin_ms = _ms(self.traffic.longest_gap(served, time.monotonic()))
+        event.rejoin_ms = _ms(self.traffic.longest_gap_after(served))
         await self._measure()
         return event
 
@@ -292,6 +293,18 @@ class Chaos:
     async def bystander(self) -> str:
         """A rank is killed, and another one while it joins."""
         return await self._in_rejoin(lambda returning, other: other)
+
+    async def switch(self) -> str:
+        """A rank is killed, and another one when the first is being switched in again."""
+        first, second = await self.victims(2)
+        kinds = self.kind(), self.kind()
+        said = self.strike(first, kinds[0])
+        status = await self.cluster.until(
+            lambda s: first["rank"] in _lost(s), WHOLE, f"rank {first['rank']} was killed"
+        )
+        epoch = status["epoch"]
+        await self.cluster.until(lambda s: s["epoch"] > epoch, WHOLE, f"rank {first['rank']} comes back", 0.002)
+        return f"{said}, as it is switched in {self.strike(second, kinds[1])}"
 
     async def _in_rejoin(self, choose: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]) -> str:
         first, second = await self.victims(2)
@@ -368,10 +381,15 @@ FAULTS = {
     "cut": Chaos.cut,
     "stop worker": Chaos.stop_worker,
     "bystander": Chaos.bystander,
+    "switch": Chaos.switch,
     "worker": Chaos.worker,
     "service": Chaos.service,
     "stop service": Chaos.stop_service,
 }
+
+
+def _lost(status: dict[str, Any]) -> list[int]:
+    return [rank["rank"] for rank in status["ranks"] if rank["state"] == "lost"]
 
 
 def _incarnations(status: dict[str, Any]) -> list[int]:
@@ -410,7 +428,8 @@ def sweep(chaos: Chaos, shape: Shape, size: int) -> Iterator[tuple[str, Callable
 
 
 async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    shape, begun = Shape(args.hosts, args.ranks_per_host, args.slots, args.replication), time.monotonic()
+    shape = Shape(args.hosts, args.ranks_per_host, args.slots, args.replication, args.max_batch)
+    begun = time.monotonic()
     jobs = make_jobs(args.jobs, args.seed, *args.tokens)
     say(f"{len(jobs)} requests on one host, for comparison; programs for {shape}")
     expected = await asyncio.to_thread(expected_outputs, jobs, shape)
@@ -499,10 +518,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks-per-host", type=int, default=1)
     parser.add_argument("--slots", type=int, help="expert slots per layer and rank")
     parser.add_argument("--replication", type=int, help="hosts that hold each expert")
+    parser.add_argument("--max-batch", type=int, help="requests decoded at once by a rank")
     parser.add_argument("--faults", type=int, default=10, help="random ones, with the cluster whole in between")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="KIND", help=", ".join(FAULTS))
-    parser.add_argument("--sweep", choices=("single", "pairs"), help="every victim, or every pair, instead of random ones")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="KIND", help=", ".join(FAULTS)
+    )
+    parser.add_argument(
+        "--sweep", choices=("single", "pairs"), help="every victim, or every pair, instead of random ones"
+    )
     parser.add_argument("--streams", type=int, default=32, help="at any time")
     parser.add_argument("--jobs", type=int, default=64, help="different requests; half are greedy, half are sampled")
     parser.add_argument("--tokens", type=int, nargs=2, default=(100, 200), metavar=("MIN", "MAX"), help="of each")
@@ -521,11 +545,11 @@ def main() -> int:
         def say(text: str) -> None:
             print(f"{time.monotonic() - begun:6.1f} {text}", file=sys.stderr, flush=True)
 
-        result = asyncio.run(run(args, directory, say))
+        result = in_loop(run(args, directory, say))
     if args.json:
         print(json.dumps(result))
     else:
-        show(Console(), result)
+        show(Console(width=None if sys.stdout.isatty() else 140), result)
     return 0 if result["ok"] else 1
 
 

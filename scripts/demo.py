@@ -1,5 +1,6 @@
-"""`make demo`: the model that ships with the package, on four hosts as four processes, streaming a few prompts while one
-host is killed mid-sentence and comes back."""
+"""`make demo`: the model that ships with the package, on four hosts as four processes, streaming a few prompts while
+one host is killed mid-sentence and comes back.
+"""
 
 from __future__ import annotations
 
@@ -167,7 +168,9 @@ def serve_and_kill(llm: LLM, params: SamplingParams, console: Console, victim: s
 
 
 def timeline(recovery: dict[str, Any], streams: Streams) -> Table:
-    table = Table("", "ms", "", title=f"From epoch {recovery['epoch'] - 1} to {recovery['epoch']}", title_justify="left")
+    table = Table(
+        "", "ms", "", title=f"From epoch {recovery['epoch'] - 1} to {recovery['epoch']}", title_justify="left"
+    )
     for phase, meaning in PHASES.items():
         ms = recovery[f"{phase}_ms"]
         table.add_row(phase, "" if ms is None else f"{ms:.1f}", meaning)

@@ -11,7 +11,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 
 import grpc
 
@@ -79,12 +79,12 @@ class Inference(rpc.InferenceServicer):
         self._closed = False
 
     def adopt(self, entries: Sequence[Entry]) -> None:
-        """Requests that the ledger has from another life: make their text, though nobody follows them yet.
+        """Make the text of requests that go on from another life, though nobody follows them yet.
 
         Raises ValueError for one that this cluster can never serve.
         """
         for entry in entries:
-            self._submit(entry.asked, wait=True)
+            self._attach_or_submit(entry.asked, wait=True)
 
     def close(self) -> None:
         """All calls end with UNAVAILABLE, and no request is cancelled for that."""
@@ -138,7 +138,7 @@ class Inference(rpc.InferenceServicer):
 
     async def _stream(self, completion: Completion, start: int, context: grpc.aio.ServicerContext) -> None:
         """`write` returns when gRPC has taken the message; it waits for a client that is behind."""
-        with self._following(completion, context):
+        with self._following(completion, context), suppress(grpc.aio.InternalError):  # the client has gone
             async with aclosing(completion.follow(start)) as responses:
                 async for response in responses:
                     await context.write(response)
@@ -174,16 +174,23 @@ class Inference(rpc.InferenceServicer):
         except ValueError as e:
             raise Invalid(str(e)) from e
 
-    def _attach_or_submit(self, request: Request) -> Completion:
-        """One that is running, or has ended a short while ago, if it is the same; else a new one."""
-        running = self._running.get(request.request_id)
+    def _attach_or_submit(self, request: Request, wait: bool = False) -> Completion:
+        """One that is running, or has ended a while ago, if it is the same; else a new one."""
+        name = request.request_id
+        running = self._running.get(name)
         if running is not None:
             running.entry.attach(request)
             return running
-        ended = self._ended(request.request_id)
-        if ended is not None and ended.entry.asked == request:
-            return ended
-        return self._submit(request)
+        # Tokens that there are already come before there is a completion to take them.
+        entry = self._coordinator.submit(request, self._take, wait)
+        completion = Completion(self._tokenizer, entry)
+        if entry.ended:
+            completion.take_all()
+        else:
+            self._running[name] = completion
+            for event in entry.events():
+                self._take(event)
+        return completion
 
     async def _request(self, asked: pb.GenerateRequest) -> Request:
         """Raises ValueError for what cannot be served."""
@@ -218,14 +225,6 @@ class Inference(rpc.InferenceServicer):
             raise ValueError(f"prompt: found {found} bytes, expected at most {most}, in which no more tokens fit")
         return await asyncio.to_thread(self._tokenizer.encode, prompt)
 
-    def _submit(self, request: Request, wait: bool = False) -> Completion:
-        """Raises as Coordinator.submit."""
-        entry = self._coordinator.submit(request, self._take, wait)
-        completion = self._running[request.request_id] = Completion(self._tokenizer, entry)
-        for event in entry.events():  # of another life
-            self._take(event)
-        return completion
-
     def _take(self, event: TokenEvent) -> None:
         completion = self._running.get(event.request_id)
         if completion is None:
@@ -234,11 +233,11 @@ class Inference(rpc.InferenceServicer):
         if completion.finish_reason is not None:
             del self._running[event.request_id]
             if event.finish_reason is None:
-                self._coordinator.finish(completion.entry)
+                self._coordinator.router.finish(completion.entry)
 
     def _cancel(self, completion: Completion) -> None:
         del self._running[completion.request_id]
-        self._coordinator.cancel(completion.entry)
+        self._coordinator.router.cancel(completion.entry)
         completion.abort()
 
     def _find(self, request_id: str) -> Completion:
@@ -253,8 +252,7 @@ class Inference(rpc.InferenceServicer):
         if entry is None:
             return None
         completion = Completion(self._tokenizer, entry)
-        for event in entry.events():
-            completion.take(event)
+        completion.take_all()
         return completion
 
 

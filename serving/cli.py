@@ -418,18 +418,19 @@ def _print_status(status: dict[str, Any]) -> None:
             "{logical} experts in {slots} slots a layer, {missing} missing, at least {min_replicas} replicas; "
             "{survivable_host_losses} lost hosts are survivable".format(**status["experts"])
         )
-    ranks = Table("rank", "host", "state", "pid", "device", box=None)
+    narrow: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    ranks = Table("rank", "host", "state", "pid", "device", **narrow)
     for rank in status["ranks"]:
         ranks.add_row(*("–" if rank[name] is None else str(rank[name]) for name in (c.header for c in ranks.columns)))
     console.print(ranks)
     phases = ("detect", "fence", "agree", "load", "compile", "rebuild", "resume", "pause")
-    changes = Table("epoch", "lost", "joined", *(f"{phase} ms" for phase in phases), box=None)
+    changes = Table("epoch", "lost", "joined", *phases, **narrow)
     for change in status["recoveries"][-8:]:
         times = (change[f"{phase}_ms"] for phase in phases)
         changed = (" ".join(map(str, change[name])) or "–" for name in ("lost", "joined"))
         changes.add_row(str(change["epoch"]), *changed, *("–" if ms is None else f"{ms:.0f}" for ms in times))
     if status["recoveries"]:
-        console.print(changes)
+        console.print("\nchanges of the ranks that serve, in ms:", changes, sep="\n")
 
 
 def configure_drain(parser: argparse.ArgumentParser) -> None:

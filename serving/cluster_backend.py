@@ -30,11 +30,12 @@ from serving.coordinator import Coordinator, Watcher
 from serving.environment import Platform, compilation_cache, engine_environment, guess_platform
 from serving.launcher import Launcher
 from serving.ledger import Entry
+from serving.membership import Epoch
 from serving.recycling import recycle
 from serving.worker import DISMISSED
 
 _T = TypeVar("_T")
-_ATTEMPTS = 2  # ends of a rank's worker before the first epoch; after these membership would start without it
+_ATTEMPTS = 2  # ends of a rank's worker before all have served; the others would go on without it
 _LOOK = 0.25  # seconds between two looks at whether it is still worth waiting
 _CLOSE = 15.0  # seconds
 
@@ -217,8 +218,8 @@ class _Running:
         self.state = ("STARTING", "")
         self._cluster, self._restart = cluster, restart
         self._platform: Platform = platform
-        self._served = threading.Event()  # or failed
-        self._ends: dict[int, int] = {}  # of each rank's worker before the first epoch
+        self._served = threading.Event()  # by all ranks together; or failed
+        self._ends: dict[int, int] = {}  # of each rank's worker before that
         self._said: dict[int, str] = {}  # by its engine, the last time
         self._recycling: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
@@ -268,7 +269,9 @@ class _Running:
 
     async def _start(self) -> None:
         cluster = self._cluster
-        watcher = Watcher(engine_failed=self._engine_failed, changed=self._changed, failed=self._fail)
+        watcher = Watcher(
+            engine_failed=self._engine_failed, changed=self._changed, served=self._epoch_served, failed=self._fail
+        )
         self.coordinator = Coordinator(cluster, watcher=watcher)
         address = await self.coordinator.start()
         self.launcher = Launcher(
@@ -295,7 +298,9 @@ class _Running:
 
     def _changed(self, state: str, reason: str) -> None:
         self.state = state, reason
-        if state == "SERVING":
+
+    def _epoch_served(self, epoch: Epoch) -> None:
+        if len(epoch.order) == len(self._cluster.rules.hosts):
             self._served.set()
 
     def _engine_failed(self, rank: int, kind: str, text: str) -> None:

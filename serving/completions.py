@@ -53,6 +53,11 @@ class Completion:
         self.finish_reason = reason if self._detokenizer.stop is None else "stop"
         self._wake()
 
+    def take_all(self) -> None:
+        """What its entry has so far."""
+        for event in self.entry.events():
+            self.take(event)
+
     def abort(self) -> None:
         """It has been cancelled."""
         self.finish_reason = self.finish_reason or "abort"

@@ -3,18 +3,12 @@
 Decisions are elsewhere: who is in the mesh in serving.membership, which request is where in serving.ledger. Here their
 actions are carried out, and what happens is told to them. Everything runs in one event loop, and nothing in it waits:
 from the evidence of a loss to the abort of its survivors' collectives no other task gets a turn.
-
-A request goes to one engine, and after it a bell, a number that only grows, to every engine of the mesh: one whose rank
-has no work waits inside a step as soon as any has, so all must be woken (moe_jax.engine).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,15 +19,16 @@ import grpc
 import numpy as np
 
 from moe_jax import placement
-from moe_jax.request import Request, TokenEvent
+from moe_jax.request import Request
 from serving import membership as m
 from serving.channel import Message, encode
 from serving.cluster import Cluster
 from serving.journal import Journal
-from serving.ledger import Entry, Ledger, Place, Score
+from serving.ledger import Entry, Place
 from serving.membership import Membership
 from serving.protos import cluster_pb2_grpc as rpc
 from serving.recoveries import Recoveries
+from serving.router import Listener, Oblivion, Router
 from serving.service_process import ServiceProcess
 from serving.worker import GRPC_OPTIONS, PROTOCOL
 from serving.worker_stream import ClusterService, WorkerStream
@@ -43,24 +38,6 @@ log = logging.getLogger(__name__)
 _TICK = 0.05  # seconds
 _STOOD_STILL = 0.5  # seconds between two ticks
 _PATIENCE = 1.0  # seconds for workers to go at the end
-
-Listener = Callable[[TokenEvent | None], None]  # a token; None: cancelled, nothing more comes
-
-
-class Oblivion:
-    """A journal that keeps nothing."""
-
-    last_numbers = (0, 0, 0)
-    first_number = 1
-    unfinished: Sequence[Entry] = ()
-
-    def transaction(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def _nothing(self, *what: Any) -> None:
-        pass
-
-    numbers = epoch = accept = tokens = finish = ended = _nothing
 
 
 class Unavailable(RuntimeError):
@@ -75,6 +52,7 @@ class Watcher:
     dismissed: Callable[[int, int], None] = lambda rank, pid: None  # its supervisor has been told to exit
     drained: Callable[[str], None] = lambda host: None  # before its ranks are
     changed: Callable[[str, str], None] = lambda state, reason: None
+    served: Callable[[m.Epoch], None] = lambda epoch: None  # all its members have entered it
     failed: Callable[[Exception], None] = lambda error: None  # the journal: nothing goes on, close the coordinator
 
 
@@ -88,9 +66,8 @@ class Coordinator:
         self._membership = Membership(cluster.rules)
         self._journal = journal or Oblivion()
         self._membership.restore_from(*self._journal.last_numbers)
-        self._ledger = Ledger(lambda: int.from_bytes(os.urandom(8)), self._journal.first_number)
-        self._ledger.restore(self._journal.unfinished)
         self._recoveries = Recoveries()
+        self.router = Router(self._journal, self._recoveries, self._send, self._journal_failed)
         self._actions: deque[m.Action] = deque()
         self._acting = False
         self._numbers = self._membership.numbers
@@ -99,12 +76,7 @@ class Coordinator:
         self._services: dict[int, ServiceProcess] = {}  # by generation
         self._nodes: dict[int, tuple[int, ...]] = {}
         self._fences: dict[tuple[int, int], deque[tuple[int, int]]] = {}  # (generation, node): (rank, incarnation)
-        self._members: dict[int, int] = {}  # rank: incarnation of those that requests may be placed on
         self._epochs: dict[int, int] = {}  # incarnation: in how many it has been, of the current members
-        self._bell = 0
-        self._ringing = False
-        self._listeners: dict[int, list[Listener]] = {e.key: [] for e in self._journal.unfinished}  # of open requests
-        self._scores: dict[int, asyncio.Future[Score]] = {}  # by key
         self._draining: dict[str, tuple[set[int], asyncio.Future[None]]] = {}  # host: incarnations that shall leave
         self._served = False  # ever
         self._compiled = 0  # programs, by engines of the mesh since then
@@ -161,82 +133,27 @@ class Coordinator:
         self.cluster.limits.check(request)
         if not wait and self.unservable is not None:
             raise Unavailable(self.unservable)
-        ended = None if self._ledger.find(request.request_id) else self._journal.ended(request.request_id)
-        if ended is not None and ended.asked == request:
-            for event in ended.events():
-                listener(event)
-            return ended
-        entry, is_new = self._ledger.accept(request)
-        if is_new:
-            try:
-                self._keep(lambda: self._journal.accept(entry))
-            except BaseException:
-                self._ledger.cancel(entry)
-                raise
-        for event in entry.events():
-            listener(event)
-        self._listeners.setdefault(entry.key, []).append(listener)
-        self._place()
-        return entry
-
-    def unlisten(self, entry: Entry, listener: Listener) -> None:
-        """The request goes on without it."""
-        listeners = self._listeners.get(entry.key, [])
-        if listener in listeners:
-            listeners.remove(listener)
+        return self.router.submit(request, listener)
 
     def finish(self, entry: Entry) -> None:
-        """Its text is complete, by a stop string of which the engine does not know."""
-        self._leave(entry, self._ledger.finish(entry))
+        """Its text is complete, by a stop string of which the engine does not know. Nothing more is heard of it."""
+        self.router.finish(entry)
 
     def cancel(self, entry: Entry) -> None:
-        """Forget it. Its listeners hear that, and nothing more."""
-        listeners = self._listeners.get(entry.key, [])
-        self._leave(entry, self._ledger.cancel(entry))
-        for listener in listeners:
-            listener(None)
+        """Forget it; nothing more is heard of it."""
+        self.router.cancel(entry)
 
     async def score(self, token_ids: Sequence[int], chunk: int | None = None) -> np.ndarray:
         """float32 [T, vocab] as LLM.score. Raises ValueError for what an engine refuses, QueueFull."""
-        score = self._ledger.score(list(token_ids), chunk)
-        done = self._scores[score.key] = asyncio.get_running_loop().create_future()
-        self._place()
-        try:
-            return np.concatenate((await done).rows)
-        finally:
-            del self._scores[score.key]
-            if told := self._ledger.cancel(score):
-                self._tell(told[0], {"type": "cancel", "number": told[1]})
+        return await self.router.score(token_ids, chunk)
 
-    def _leave(self, entry: Entry, told: tuple[Place, int] | None) -> None:
-        if self._listeners.pop(entry.key, None) is not None:
-            self._keep(lambda: self._journal.finish(entry))
-        self._recoveries.ended(entry.key)
-        if told is not None:
-            self._tell(told[0], {"type": "cancel", "number": told[1]})
+    def _send(self, incarnation: int, frames: bytes) -> None:
+        if incarnation in self._streams:
+            self._streams[incarnation].send_frames(frames)
 
-    def _place(self) -> None:
-        """Send what waits to those who can serve it."""
-        if not self._members or not self._ledger.waiting:
-            return
-        for job in self._ledger.place(self._members):
-            assert job.place is not None
-            self._tell(job.place, job.command())
-        if not self._ringing:
-            self._ringing = True
-            asyncio.get_running_loop().call_soon(self._ring)
-
-    def _ring(self) -> None:
-        """Once for all requests of this turn of the loop."""
-        self._ringing = False
-        self._bell += 1
-        frame = encode({"type": "bell", "bell": self._bell})
-        for incarnation in self._members.values():
-            self._streams[incarnation].send_frames(frame)
-
-    def _tell(self, place: Place, body: dict[str, Any]) -> None:
-        if place.incarnation in self._streams:
-            self._streams[place.incarnation].send(body)
+    def _journal_failed(self, error: Exception) -> None:
+        self._closed = True
+        self.watcher.failed(error)
 
     # What workers say (worker_stream.Workers)
 
@@ -257,7 +174,7 @@ class Coordinator:
         rank, incarnation, now = stream.rank, stream.incarnation, time.monotonic()
         if not incarnation or self._closed:
             return
-        busy = self._ledger.load(Place(rank, incarnation)).jobs > 0
+        busy = self.router.ledger.load(Place(rank, incarnation)).jobs > 0
         self._do(self._membership.progress(rank, incarnation, stream.steps, busy, now))
         if stopped:
             stream.ill_since = stream.ill_since or now
@@ -295,9 +212,9 @@ class Coordinator:
             match body["type"]:
                 case "events":
                     stream.steps = body.get("steps", stream.steps + 1)
-                    self._take_events(rank, incarnation, body["events"])
+                    self.router.take_events(rank, incarnation, body["events"])
                 case "score":
-                    self._take_score(rank, incarnation, message)
+                    self.router.take_score(rank, incarnation, message)
                 case "arrived":
                     self._do(self._membership.arrived(rank, incarnation, body["epoch"], time.monotonic()))
                 case "joined":
@@ -317,51 +234,6 @@ class Coordinator:
                     stream.error = body["kind"], body["message"]
                 case other:
                     stream.answers[other] = body
-
-    def _take_events(self, rank: int, incarnation: int, packed: list[Any]) -> None:
-        """A step's tokens: into the ledger, into the journal, to the clients."""
-        taken = [t for p in packed if (t := self._ledger.take(rank, incarnation, p)) is not None]
-        if not taken:
-            return
-        self._keep(lambda: self._keep_tokens(taken))
-        now = time.monotonic()
-        for entry, event in taken:
-            listeners = self._listeners.get(entry.key)
-            if listeners is None:
-                continue  # its text ended with a token before this one
-            self._recoveries.published(entry.key, now)
-            if event.finish_reason is not None:
-                del self._listeners[entry.key]
-                self._recoveries.ended(entry.key)
-            for listener in listeners:
-                listener(event)
-
-    def _keep_tokens(self, taken: list[tuple[Entry, TokenEvent]]) -> None:
-        with self._journal.transaction():
-            self._journal.tokens(taken)
-            for entry, event in taken:
-                if event.finish_reason is not None:
-                    self._journal.finish(entry)
-
-    def _keep(self, write: Callable[[], None]) -> None:
-        """Write to the journal. When that fails nobody may hear of anything any more."""
-        try:
-            write()
-        except sqlite3.Error as e:
-            self._closed = True
-            self.watcher.failed(e)
-            raise
-
-    def _take_score(self, rank: int, incarnation: int, message: Message) -> None:
-        body, rows = message.body, None
-        if "shape" in body:
-            rows = np.frombuffer(message.blob, np.float32).reshape(body["shape"])
-        score = self._ledger.take_score(rank, incarnation, body["number"], rows)
-        if score is not None and (done := self._scores.get(score.key)) is not None and not done.done():
-            if "error" in body:
-                done.set_exception(ValueError(body["error"]))
-            else:
-                done.set_result(score)
 
     # What the JAX service does (service_process.ServiceEvents)
 
@@ -400,7 +272,7 @@ class Coordinator:
         """On disk before anybody hears of them, so that a later coordinator uses none of them again."""
         if self._membership.numbers != self._numbers:
             self._numbers = self._membership.numbers
-            self._keep(lambda: self._journal.numbers(*self._numbers))
+            self.router.keep(lambda: self._journal.numbers(*self._numbers))
 
     def _carry_out(self, action: m.Action) -> None:
         now = time.monotonic()
@@ -408,24 +280,24 @@ class Coordinator:
             case m.Fence(rank, incarnation, generation, node):
                 self._fence(rank, incarnation, generation, node, now)
             case m.Abort(_, incarnations, epoch):
-                self._members = {}
+                self.router.members = {}
                 frame = encode({"type": "abort", "epoch": epoch})
                 for incarnation in incarnations:
-                    if incarnation in self._streams:
-                        self._streams[incarnation].send_frames(frame)
+                    self._send(incarnation, frame)
             case m.Dismiss(rank, incarnation, reason):
                 self._dismiss(rank, incarnation, reason)
             case m.Persist(epoch):
-                self._keep(lambda: self._journal.epoch(epoch))
+                self.router.keep(lambda: self._journal.epoch(epoch))
                 self._do(self._membership.persisted(epoch.number, now))
             case m.Announce(epoch, shrink, leavers):
                 self._announce(epoch, shrink, leavers, now)
             case m.Serve(epoch):
                 self._served = True
                 self._recoveries.serving(now)
-                self._place()
+                self.router.place()
                 if self.cluster.repairs is not None:
                     self.cluster.repairs.expect(epoch.slots, epoch.order)
+                self.watcher.served(epoch)
             case m.StartService(generation, nodes):
                 self._start_service(generation, nodes)
             case m.StopService(generation):
@@ -439,8 +311,7 @@ class Coordinator:
                 if generation in self._services:
                     self._services[generation].forget()
             case m.Prefetch(_, incarnation, slots):
-                if incarnation in self._streams:
-                    self._streams[incarnation].send({"type": "prefetch", "slots": slots.tolist()})
+                self._send(incarnation, encode({"type": "prefetch", "slots": slots.tolist()}))
             case m.StateChange(name, reason):
                 log.info("%s%s", name, reason and f": {reason}")
                 self.watcher.changed(name, reason)
@@ -466,9 +337,7 @@ class Coordinator:
             service.fence(node)
 
     def _dismiss(self, rank: int, incarnation: int, reason: str) -> None:
-        if self._members.get(rank) == incarnation:
-            del self._members[rank]
-        self._ledger.lost(rank, incarnation)
+        self.router.lost(rank, incarnation)
         stream = self._streams.get(incarnation)
         if stream is not None:
             log.info("rank %d: dismissed: %s", rank, reason)
@@ -481,8 +350,7 @@ class Coordinator:
 
     def _start_engine(self, action: m.StartEngine) -> None:
         stream = self._current[action.rank]
-        self._members.pop(action.rank, None)
-        self._ledger.lost(action.rank, stream.incarnation)
+        self.router.lost(action.rank, stream.incarnation)
         stream.incarnation = action.incarnation
         self._streams[action.incarnation] = stream
         nodes = self._nodes[action.generation]
@@ -504,11 +372,11 @@ class Coordinator:
         and returns, then what is left."""
         epoch = self._membership.epoch
         serving = epoch is not None and epoch.generation == generation
-        first = min(len(self._members) + 1, most) if serving else most
-        return sorted(range(1, most + 1), key=lambda size: (abs(size - first), -size))
+        first = min(len(self.router.members) + 1, most) if serving else most
+        return sorted(range(max(1, first - 2), most + 1), key=lambda size: (abs(size - first), -size))
 
     def _announce(self, epoch: m.Epoch, shrink: bool, leavers: Sequence[int], now: float) -> None:
-        self._bell += 1
+        nodes = self._nodes[epoch.generation]
         body = {
             "type": "epoch",
             "number": epoch.number,
@@ -516,19 +384,18 @@ class Coordinator:
             "nodes": list(epoch.nodes),
             "slots": epoch.slots.tolist(),
             "shrink": shrink,
-            "bell": self._bell,
+            "bell": self.router.next_bell(),
+            "ahead": [(order, [nodes.index(r) for r in order]) for order in self._membership.ahead()],
         }
         frame = encode(body)
         members = dict(zip(epoch.order, epoch.incarnations, strict=True))
         told = [*members.values(), *(self._current[rank].incarnation for rank in leavers if rank in self._current)]
         for incarnation in told:
-            if incarnation in self._streams:
-                self._streams[incarnation].send_frames(frame)
+            self._send(incarnation, frame)
         self._recoveries.announced(self._membership.recoveries[-1], list(leavers), now)
-        self._members = members
         self._epochs = {incarnation: self._epochs.get(incarnation, 0) + 1 for incarnation in epoch.incarnations}
-        self._ledger.drain(leavers)
-        self._place()  # right behind the epoch, so that it is there when the engine goes on
+        # Requests right behind the epoch, so that they are there when the engine goes on.
+        self.router.serve(members, leavers)
 
     # Time
 
@@ -586,7 +453,7 @@ class Coordinator:
         whole = all(rank["state"] == "live" for rank in status["ranks"])
         if status["state"] != "SERVING" or not whole or status["experts"]["survivable_host_losses"] < 1:
             return None
-        epochs, rank = max((self._epochs[incarnation], rank) for rank, incarnation in self._members.items())
+        epochs, rank = max((self._epochs[incarnation], rank) for rank, incarnation in self.router.members.items())
         return self.cluster.rules.hosts[rank] if epochs > most else None
 
     def status(self) -> dict[str, Any]:
@@ -607,12 +474,16 @@ class Coordinator:
             "recoveries": self._recoveries.changes(),
             "switches": self._recoveries.switches(),
             "service_pid": next((s.pid for s in reversed(self._services.values())), None),
-            "requests": {"open": len(self._ledger), "waiting": self._ledger.waiting, **vars(self._ledger.counts)},
+            "requests": {
+                "open": len(self.router.ledger),
+                "waiting": self.router.ledger.waiting,
+                **vars(self.router.ledger.counts),
+            },
         }
 
     async def ask(self, question: dict[str, Any], timeout: float = 10.0) -> dict[int, dict[str, Any]]:
         """Every member's answer of the question's type, by rank. Raises TimeoutError."""
-        kind, streams = question["type"], {r: self._streams[i] for r, i in self._members.items()}
+        kind, streams = question["type"], {r: self._streams[i] for r, i in self.router.members.items()}
         for stream in streams.values():
             stream.answers.pop(kind, None)
             stream.send(question)

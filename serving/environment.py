@@ -17,11 +17,12 @@ from typing import Literal
 Platform = Literal["cpu", "cuda"]
 
 _PACKAGES = ("moe_jax", "serving")
-# Without these a rank whose peer is lost ends itself instead of raising.
+# Without the first three a rank whose peer is lost ends itself instead of raising.
 _CUDA_FLAGS = (
     "--xla_gpu_nccl_terminate_on_error=false",
     "--xla_gpu_nccl_async_execution=true",
     "--xla_gpu_nccl_blocking_communicators=false",
+    "--xla_gpu_shard_autotuning=false",  # or compiling waits for ranks that compile something else
 )
 _CUDA = {
     "XLA_PYTHON_CLIENT_ABORT_COLLECTIVES_ON_FAILURE": "1",

@@ -63,7 +63,7 @@ class Rules:
     join_timeout_s: float = 60.0
     ready_timeout_s: float = 600.0
     persist_timeout_s: float = 10.0
-    enter_timeout_s: float = 10.0
+    enter_timeout_s: float = 10.0  # what a repair has to load included
     prefetch_timeout_s: float = 600.0
     stall_s: float = 20.0  # busy, and yet nobody makes a step
     max_tick_gap_s: float = 0.5  # a driver that stood still for longer judges nobody by that time
@@ -226,7 +226,8 @@ class Timers:
 
     def expired(self, now: float) -> Iterator[tuple[Any, ...]]:
         """Take out what has ended, earliest first. Timers may be started and stopped meanwhile."""
-        while self._waits and (key := min(self._waits, key=lambda k: self._waits[k][0])) and self.due <= now:
+        while self.due <= now:
+            key = min(self._waits, key=lambda key: self._waits[key])
             del self._waits[key]
             yield key
 
@@ -308,6 +309,14 @@ class Membership:
     def due(self) -> float:
         """When the next timer ends; infinity: none runs."""
         return self._timers.due
+
+    def ahead(self) -> list[tuple[int, ...]]:
+        """The orders of the meshes that the loss of one host would leave, for engines to make ready."""
+        hosts = self.rules.hosts
+        present = dict.fromkeys(hosts[r] for r in self._members)
+        left = [[r for r in self._members if hosts[r] != host] for host in present]
+        orders = (self._unused_order(members, []) for members in left if members)
+        return [order for order in orders if order is not None]
 
     def status(self) -> dict[str, Any]:
         """JSON-serialisable; `epoch` is the last announced, 0: none."""

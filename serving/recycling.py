@@ -1,6 +1,6 @@
-"""Engines do not last for ever: each new mesh leaves sockets and threads of Gloo behind in them, for good.
+"""Engines do not last for ever: each new mesh leaves sockets and threads of Gloo behind in them.
 
-So before that matters they are replaced, one host at a time, by way of a drain. Needs somebody who starts workers again.
+So before that matters they are replaced, a host at a time, by way of a drain. Somebody must start workers again.
 """
 
 from __future__ import annotations

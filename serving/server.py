@@ -23,7 +23,7 @@ from serving.coordinator import Coordinator, Watcher
 from serving.environment import Platform, compilation_cache, engine_environment
 from serving.journal import Journal
 from serving.launcher import Launcher
-from serving.ledger import Ledger
+from serving.recycling import recycle
 from serving.worker import DISMISSED
 
 log = logging.getLogger(__name__)
@@ -80,17 +80,17 @@ class Server:
     ) -> None:
         """vocab_size, eos_token_ids, linger: as in Inference."""
         self.cluster, self.journal = cluster, journal
-        self.watcher = Watcher(engine_failed=self._engine_failed, changed=self._changed)
+        self.watcher = Watcher(engine_failed=self._engine_failed, changed=self._changed, failed=self._journal_failed)
         self.coordinator = Coordinator(cluster, journal, self.watcher)
         self.inference = Inference(self.coordinator, tokenizer, vocab_size, eos_token_ids, journal, linger)
         self.launcher: Launcher | None = None
         self.serving = asyncio.Event()  # has begun, once
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # raises it
         self._restart = restart
+        self._recycling: asyncio.Future[None] | None = None
         self._ends: dict[int, int] = {}  # of each rank's worker before the first epoch
         self._said: dict[int, str] = {}  # by its engine, the last time
-        take_over(self.coordinator, journal)
-        self.inference.adopt(journal.unfinished)
+        self.inference.adopt(journal.unfinished)  # before anything can come of them
 
     async def start(self, address: str) -> str:
         """Listen; returns "host:port". Raises OSError."""
@@ -112,9 +112,13 @@ class Server:
         )
         self.watcher.dismissed, self.watcher.drained = self.launcher.dismissed, self.launcher.hold
         self.launcher.start()
+        if self._restart:
+            self._recycling = asyncio.ensure_future(recycle(self.coordinator))
 
     async def close(self) -> None:
         """End everything, within seconds. Requests that have not ended stay in the journal."""
+        if self._recycling is not None:
+            self._recycling.cancel()
         self.inference.close()
         await self.coordinator.close()
         if self.launcher is not None:
@@ -143,21 +147,17 @@ class Server:
         if not self.serving.is_set() and not self.failure.done():
             self.failure.set_exception(error)
 
-
-def take_over(coordinator: Coordinator, journal: Journal) -> None:
-    """Go on with the numbers and the requests of the coordinator that wrote this journal. Before `start`."""
-    membership, ledger = coordinator._membership, coordinator._ledger
-    membership.restore_from(*journal.last_numbers)
-    coordinator._numbers = membership.numbers
-    coordinator._ledger = Ledger(ledger._draw_seed, journal.first_number)
-    coordinator._ledger.restore(journal.unfinished)
+    def _journal_failed(self, error: Exception) -> None:
+        if not self.failure.done():
+            self.failure.set_exception(RuntimeError(f"journal: {error}"))
 
 
 async def serve(options: Options, cluster: Cluster, model: ModelConfig, say: Callable[[str], None]) -> None:
     """Until SIGTERM or SIGINT. `say` gets one line, when requests are served for the first time.
 
     Raises ValueError for what a worker or a journal found wrong with the model or the options, RuntimeError for
-    workers that do not start, OSError for an address or a directory that cannot be used.
+    workers that do not start or a journal that cannot be written, OSError for an address or a directory that cannot be
+    used.
     """
     ended, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -169,20 +169,20 @@ async def serve(options: Options, cluster: Cluster, model: ModelConfig, say: Cal
     journal = Journal(None if options.journal is None else options.journal / "journal.sqlite")
     eos = tokenizer.eos_token_ids or model.eos_token_ids
     server = Server(cluster, journal, tokenizer, model.vocab_size, tuple(eos), options.restart)
-    waiting = [asyncio.ensure_future(f) for f in (ended.wait(), server.serving.wait(), server.failure)]
+    stop, serving = asyncio.create_task(ended.wait()), asyncio.create_task(server.serving.wait())
     try:
         address = await server.start(options.address)
         log.info("%s: waiting for %d workers", address, len(cluster.rules.hosts))
         if options.workers:
             server.start_workers(options.platform, options.log_dir)
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if server.failure.done():
-            server.failure.result()
-        if not ended.is_set():
+        await asyncio.wait([stop, serving, server.failure], return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
             engines = [str(rank["pid"]) for rank in server.coordinator.status()["ranks"] if rank["pid"] is not None]
             say(f"serving at {address}: coordinator {os.getpid()}, engines {' '.join(engines)}")
-        await ended.wait()
+        await asyncio.wait([stop, server.failure], return_when=asyncio.FIRST_COMPLETED)
+        if server.failure.done():
+            server.failure.result()
     finally:
-        for future in waiting:
-            future.cancel()
+        stop.cancel()
+        serving.cancel()
         await server.close()

@@ -141,8 +141,9 @@ class Supervisor:
         finally:
             self._connected = False
             writing.cancel()
-            with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await writing
+            await asyncio.wait([writing])
+            if not writing.cancelled():
+                writing.exception()  # the stream broke, as the reader has seen, too
 
     def _obey(self, message: Any) -> None:
         match message.WhichOneof("kind"):
@@ -225,11 +226,6 @@ def _say(text: str) -> None:
 
 def parse(argv: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(prog="serving.worker", description="One rank of a cluster.")
-    configure(parser)
-    return options(parser.parse_args(argv))
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coordinator", required=True, metavar="ADDR", help="host:port of the coordinator")
     parser.add_argument("--rank", type=int, required=True, metavar="R", help="this worker's number, from 0")
     parser.add_argument("--host", required=True, metavar="NAME", help="label of the failure domain it belongs to")
@@ -237,26 +233,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="seconds to go on uncoordinated")
     parser.add_argument("--engine", default=Options.engine, help=argparse.SUPPRESS)
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
-
-
-def options(args: argparse.Namespace) -> Options:
+    args = parser.parse_args(argv)
     platform = args.platform or guess_platform(os.environ.get("JAX_PLATFORMS"))
     return Options(args.coordinator, args.rank, args.host, platform, args.patience, args.engine, args.parent)
 
 
 async def supervise(options: Options) -> int:
+    """The exit code, once there is one."""
     return await Supervisor(options).run()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return asyncio.run(supervise(parse(argv)))
+async def main() -> None:
+    code = await supervise(parse(None))
+    sys.stderr.flush()
+    os._exit(code)  # nothing is left to say, and nothing shall keep this process that waits for a coordinator
 
 
 if __name__ == "__main__":
-    code = 1
-    try:
-        code = main()
-    finally:
-        sys.stderr.flush()
-        if sys.exc_info()[0] is None:
-            os._exit(code)  # nothing is left to say, and gRPC may take its time
+    asyncio.run(main())

@@ -6,7 +6,6 @@ It knows no membership: whoever owns it decides which stream is a member, and wh
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from typing import Any, Protocol
@@ -126,8 +125,9 @@ class ClusterService(rpc.ClusterServicer):
         finally:
             writing.cancel()
             self._workers.worker_gone(stream, reason)
-            with contextlib.suppress(BaseException):
-                await writing
+            await asyncio.wait([writing])
+            if not writing.cancelled():
+                writing.exception()  # the stream broke, as the reader has seen, too
 
     def _take(self, stream: WorkerStream, message: pb.WorkerMessage) -> bool:
         """Whether to go on listening."""

@@ -57,18 +57,18 @@ TOKENIZER = make_tokenizer()
 class Running:
     """A server in an event loop of its own, with clients that block."""
 
-    def __init__(self, cluster: Cluster, journal: Any = None, ranks: Sequence[int] | None = None) -> None:
+    def __init__(self, cluster: Cluster, journal: Any = None) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
-        async def start() -> str:
-            self.server = Server(cluster, Journal(journal), TOKENIZER, VOCABULARY, (EOS,), linger=0.5)
-            address = await self.server.start("127.0.0.1:0")
-            self.server.start_workers("cpu")
-            return address
+        async def start() -> tuple[Server, str]:
+            server = Server(cluster, Journal(journal), TOKENIZER, VOCABULARY, (EOS,), linger=0.5)
+            address = await server.start("127.0.0.1:0")
+            server.start_workers("cpu")
+            return server, address
 
-        self.address = self.run(start())
+        self.server, self.address = self.run(start())
         self.channel = grpc.insecure_channel(self.address)
         self.inference, self.admin = rpc.InferenceStub(self.channel), rpc.AdminStub(self.channel)
         self.until(lambda status: all(r["state"] == "live" for r in status["ranks"]))
@@ -114,7 +114,7 @@ def serving_cluster(cluster: Cluster, **options: Any) -> Iterator[Running]:
         running.close()
 
 
-PATIENT = {"heartbeat_timeout_s": 10.0}  # these tests are not about detection
+PATIENT: dict[str, Any] = {"heartbeat_timeout_s": 10.0}  # these tests are not about detection
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def test_invalid_argument(three, given, message, method):
 
 
 def test_resource_exhausted(three, monkeypatch):
-    ledger = three.call(lambda: three.server.coordinator._ledger)
+    ledger = three.call(lambda: three.server.coordinator.router.ledger)
     monkeypatch.setattr(ledger, "max_jobs", 0)
     with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue: found 0 requests, expected fewer: try again later"):
         three.inference.Complete(request())

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import pytest
 
 import serving.cli
 from serving.cli import main
+from serving.protos import cluster_pb2, cluster_pb2_grpc
 from serving.protos import inference_pb2 as pb
 from serving.protos import inference_pb2_grpc as rpc
 
@@ -194,10 +195,20 @@ class FakeAdmin(rpc.AdminServicer):
         return pb.DrainResponse(ranks=[2, 3], epoch=7)
 
 
+class FakeCluster(cluster_pb2_grpc.ClusterServicer):
+    """Wants nobody."""
+
+    def Control(self, request_iterator: Any, context: grpc.ServicerContext) -> Iterator[cluster_pb2.CoordinatorMessage]:
+        hello = next(request_iterator).hello
+        reason = f"rank {hello.rank} of {hello.host} is not wanted"
+        yield cluster_pb2.CoordinatorMessage(dismiss=cluster_pb2.Dismiss(reason=reason))
+
+
 @pytest.fixture(scope="module")
 def coordinator() -> Iterator[str]:
-    server = grpc.server(futures.ThreadPoolExecutor(1))
+    server = grpc.server(futures.ThreadPoolExecutor(2))
     rpc.add_AdminServicer_to_server(FakeAdmin(), server)
+    cluster_pb2_grpc.add_ClusterServicer_to_server(FakeCluster(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield f"127.0.0.1:{port}"
@@ -222,6 +233,11 @@ def test_drain(coordinator: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "moe-jax drain: host: found 'x', expected one of a, b\n"
     assert main(["drain", "a", "--address", coordinator]) == 1
     assert "FAILED_PRECONDITION: host a: too few slots" in capsys.readouterr().err
+
+
+def test_worker(coordinator: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["worker", "--coordinator", coordinator, "--rank", "3", "--host", "b"]) == 75
+    assert "dismissed: rank 3 of b is not wanted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -260,22 +276,28 @@ def served(*argv: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             server.kill()  # what it started ends with it
 
 
-def running() -> set[int]:
-    """Processes of ours on this machine."""
-    found = set()
+def family(pid: int) -> set[int]:
+    """A process and all that it and its descendants have started and not outlived."""
+    parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"-m\0serving." in (entry / "cmdline").read_bytes():
-                found.add(int(entry.name))
-        except OSError:
-            pass
+        with suppress(OSError):
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
     return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
+    except OSError:
+        return False
 
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = running()
     argv = ("--hosts", "2", "--max-batch", "16", "--log-dir", str(tmp_path / "logs"), "--journal", str(tmp_path))
     with served(*argv) as (server, address), grpc.insecure_channel(address) as channel:
         inference = rpc.InferenceStub(channel)
@@ -296,12 +318,12 @@ def test_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert "".join(r.text for r in responses) == a.text
         recoveries = status()["recoveries"]
         assert recoveries[0]["lost"] == [1] and recoveries[0]["pause_ms"] is not None
-        started = running() - before
-        assert len(started) >= 4  # itself, the JAX service, two workers, an engine or two
+        started = family(server.pid)
+        assert len(started) >= 5  # itself, the JAX service, two workers, an engine or two
         server.terminate()
         assert server.wait(10) == 0
         deadline = time.monotonic() + 5
-        while left := running() & started:
+        while left := [pid for pid in started if alive(pid)]:
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
     assert {f.name for f in (tmp_path / "logs").iterdir()} == {"rank0.log", "rank1.log"}

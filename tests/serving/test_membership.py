@@ -2,6 +2,7 @@ import heapq
 import os
 import random
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -123,6 +124,7 @@ class Process:
         self.held_until = 0.0  # by a network that is cut
         self.inbox = []  # while stopped
         self.incarnation = None  # of its hello, known to the coordinator only
+        self.newest = None  # of its engine, or the one that is on its way
 
 
 class World:
@@ -240,14 +242,19 @@ class World:
             act(process, *args)
 
     def say(self, engine, event, *args):
-        """An engine's frame: tagged with the incarnation it was started with."""
+        """An engine's frame."""
         if engine.alive and not engine.process.stopped:
-            self.upward(engine.process, self.event, event, engine.rank, engine.incarnation, *args)
+            self.upward(engine.process, self.frame, engine, event, *args)
 
     # The coordinator
 
     def event(self, name, *args):
         self.carry_out(getattr(self.machine, name)(*args, self.now))
+
+    def frame(self, engine, event, *args):
+        """A driver that knows only the stream takes an engine's last words for those of the one it has just started."""
+        newest = engine.process.newest if self.rng.random() < 0.3 else engine.incarnation
+        self.event(event, engine.rank, newest, *args)
 
     def supervisor_event(self, process, name, *args):
         if process.incarnation is not None:
@@ -331,6 +338,7 @@ class World:
         self.forgotten = False
         self.started.add(action.incarnation)
         self.by_incarnation[action.incarnation] = process = self.streams[action.rank]
+        process.newest = action.incarnation
         self.downward(process, self.start_engine, action.incarnation, action.generation, action.node)
 
     def do_Forget(self, action):
@@ -799,7 +807,7 @@ def history(seed, tally):
     world.run(max(end, world.now + moment))
     world.end_faults()
     held = (process.held_until for process in world.by_incarnation.values())
-    world.run(max(world.now, world.stalled_until, *held) + 0.5)  # what the last ones still do
+    world.run(max(world.now, world.stalled_until, *held) + 1.5)  # until all that was done is known
     for _ in range(2):
         begun = world.now
         if world.rules.plan(sorted(world.good())) is not None:
@@ -1018,6 +1026,7 @@ def test_loss_is_fenced_at_once_committed_after_the_window_and_announced_after_b
     play.now += 0.001
     assert play.tell("persisted", persist.epoch.number) == []
     play.now += 0.001
+    assert play.tell("fenced", 1, 1) == []
     (announce,) = play.tell("fenced", 1, 2)
     assert announce.shrink and announce.epoch is persist.epoch
     for rank in (0, 2):
@@ -1051,6 +1060,8 @@ def test_losses_within_the_window_are_one_epoch_and_later_ones_the_next():
     play.kill(4)  # while it is entered
     assert play.seen(Abort)[-1].epoch == number + 2
     play.wait(0.1)
+    play.tell("persisted", number + 3)
+    assert play.of(2, "entered", number + 2) == []  # late
     assert play.enter().number == number + 3 and play.epoch.order == (2,)
 
 
@@ -1143,6 +1154,21 @@ def test_failed_collective_without_a_culprit():
     play.of(1, "failed", play.epoch.number)
     play.wait(1.2)
     assert play.seen(StartService) == [StartService(2, (0, 1, 2))]
+
+
+def test_failed_collective_while_a_join_is_announced():
+    play = Play(size=3)
+    before = play.epoch.number
+    play.kill(2)
+    play.wait(0.1)
+    play.enter()
+    play.finish_restoring()
+    serving = play.epoch.number
+    play.hello(2)
+    play.load(2)
+    play.tell("persisted", play.machine._number)
+    assert play.of(0, "failed", before) == []  # that one is over
+    assert kinds(play.of(0, "failed", serving)) == [Abort, StateChange]  # this one is not, until all have entered
 
 
 def test_rejoin():
@@ -1263,12 +1289,15 @@ def test_service_lost():
     assert not play.seen(StartService)  # engines that die with it have this time to be missed
     play.wait(0.2)
     assert play.seen(StartService) == [StartService(2, (0, 1, 2))]
-    assert play.tell("service_lost", 1) == []
+    assert play.tell("service_lost", 1) == play.tell("service_up", 1) == []
     play.wait(31)  # it does not come up
     assert StopService(2) in play.done and play.seen(StartService)[-1] == StartService(3, (0, 1, 2))
     engines = play.tell("service_up", 3)
     assert [e.incarnation for e in engines] == [4, 5, 6]
-    assert play.tell("joined", 0, 1, 3) == []  # the engine before
+    for rank in range(3):  # the engines before
+        play.tell("ready", rank, rank + 1, 3)
+        play.of(rank, "ready", 2)
+    assert not play.seen(Persist)
     play.load(0, 1, 2)
     assert play.enter().incarnations == (4, 5, 6)
 
@@ -1309,6 +1338,14 @@ def test_redundancy_is_restored_in_the_background():
     assert (restored.slots == play.rules.restore(epoch.slots, (0, 2, 3))).all() and not play.seen(Prefetch)
 
 
+def test_redundancy_is_restored_once():
+    rules = rules_of()
+    play = Play(replace(rules, restore=lambda slots, ranks: np.where(slots < 0, slots, (slots + 1) % 3)))
+    assert [r.cause for r in play.machine.recoveries] == ["start", "restore"]
+    play.wait(1)
+    assert play.done == []
+
+
 def test_drain():
     play = Play(ranks=4, per_host=2, experts=4)
     refused, actions = play.machine.drain("host7", play.now)
@@ -1329,13 +1366,26 @@ def test_drain():
     assert play.seen(StartEngine)[-1].rank == 2
 
 
-def test_leaver_lost_while_it_leaves():
+def test_drain_of_what_is_needed_is_refused():
+    play = Play(experts=5)
+    refused, actions = play.machine.drain("host1", play.now)
+    assert "[0, 2] have too few slots" in str(refused) and actions == [] and play.machine.state == "SERVING"
     play = Play()
-    _, actions = play.machine.drain("host2", play.now)
+    play.machine.drain("host1", play.now)
+    play.kill(2)  # before the drain was announced: now it would be too much
+    play.wait(0.1)
+    assert play.enter().order == (0, 1)
+    assert play.machine.state == "SERVING" and play.machine.reason.startswith("drain dropped")
+
+
+def test_leaver_lost_while_it_leaves():
+    play = Play(ranks=4, per_host=2, size=3)
+    play.machine.drain("host1", play.now)
     play.tell("persisted", play.machine._number)
     play.take()
-    play.kill(2)
-    assert kinds(play.take())[:3] == [Fence, Dismiss, Abort]
+    play.kill(2)  # and where the other one stands is not known
+    assert kinds(play.take())[:5] == [Fence, Dismiss, Fence, Dismiss, Abort]
+    play.tell("fenced", 3, 4)
     play.wait(0.1)
     assert play.enter().order == (1, 0)
 
@@ -1402,6 +1452,35 @@ def test_a_rank_that_keeps_failing_is_held_back():
         play.wait(0.1)
     play.wait(5)
     assert play.seen(StartService)[-1].nodes == (0, 2)
+
+
+def test_a_rank_that_is_held_back_is_let_in_when_it_is_needed():
+    play = Play()
+    play.kill(2)
+    play.wait(0.1)
+    play.enter()
+    for _ in range(2):
+        assert play.hello(2)
+        play.kill(2)
+        play.wait(0.1)
+    assert play.hello(2) == []
+    play.wait(3)
+    assert play.machine._workers[2].stage == "waiting"
+    play.take()
+    play.kill(1)
+    play.wait(0.1)
+    assert play.machine.state == "UNSERVABLE" and [e.rank for e in play.seen(StartEngine)] == [2]
+    play.load(2)
+    assert play.enter().order == (0, 2)
+    play.take()
+    play.tell("service_lost", 1)
+    play.hello(1)
+    play.wait(0.3)
+    assert play.seen(StartService) == [StartService(2, (0, 1, 2))]  # it has served: all is forgotten
+    play.load(0, 1, 2)
+    play.enter()
+    play.kill(2)
+    assert kinds(play.hello(2)) == [StartEngine]
 
 
 def test_hello_of_a_stranger():

@@ -1,0 +1,244 @@
+"""How long clients wait when a host is killed, against starting the same cluster again.
+
+    python scripts/bench_recovery.py [--hosts 6 --kills 30] [--json]
+
+One run, 32 streams all the time: hosts are killed one after the other (kill -9), each after the one before has come
+back; then everything is killed at once and started again with the same requests. A second cluster, whose lost hosts
+stay away until they are let back, shows what a loss costs in tokens per second.
+
+A pause is the longest gap between two tokens of any stream that its client saw. The phases are what status says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import json
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from _cluster import Cluster, Shape, Traffic, expected_outputs, is_whole, machine, make_jobs, send, worker_command
+from _cluster import run as in_loop
+from rich.console import Console
+from rich.table import Table
+
+PHASES = ("detect", "fence", "agree", "fail", "load", "compile", "rebuild", "resume", "pause")
+WHOLE = 120.0  # seconds that a host may take to come back
+HANG = 300.0  # seconds without a token; a restart of everything must fit
+RESTORED = 10.0  # seconds that restoring redundancy may take
+
+
+async def kill_host(cluster: Cluster, host: str) -> None:
+    ranks = [r for r in (await cluster.status())["ranks"] if r["host"] == host]
+    send([r[name] for r in ranks for name in ("supervisor_pid", "pid")], signal.SIGKILL)
+
+
+async def kill_and_return(cluster: Cluster, traffic: Traffic, host: str) -> dict[str, Any]:
+    """How long clients waited for the survivors, and for the host that came back; with the records of the status."""
+    before = await cluster.until(is_whole, WHOLE, "before the kill")
+    traffic.clear()
+    begun = time.monotonic()
+    await kill_host(cluster, host)
+    epoch = before["epoch"]
+    await cluster.until(lambda s: s["state"] == "SERVING" and s["epoch"] > epoch, WHOLE, f"{host} was killed")
+    served = time.monotonic()
+    status = await cluster.until(is_whole, WHOLE, f"{host} was killed and comes back")
+    back = time.monotonic()
+    await traffic.all_moved(back)
+    new = [r for r in status["recoveries"] if r["epoch"] > epoch]
+    return {
+        "host": host,
+        "pause_ms": _ms(traffic.longest_gap(begun, served)),
+        "rejoin_ms": _ms(traffic.longest_gap_after(served)),
+        "back_s": round(back - begun, 2),
+        "losses": [r for r in new if r["lost"]],
+        "joins": [r for r in new if r["joined"]],
+        "compilations": status["compilations"] - before["compilations"],
+    }
+
+
+async def restart(cluster: Cluster, traffic: Traffic) -> float:
+    """Kill everything and start it again; its clients ask again. Milliseconds without a token."""
+    await cluster.until(is_whole, WHOLE, "before the restart")
+    await cluster.kill()
+    last = traffic.last
+    await cluster.start()
+    while traffic.last == last:
+        await asyncio.sleep(0.001)
+    return round(1e3 * (traffic.last - last), 1)
+
+
+async def throughput(cluster: Cluster, traffic: Traffic, losses: int, seconds: float) -> list[dict[str, Any]]:
+    """Tokens per second: before, after each loss, once its redundancy is restored, and with all hosts back."""
+    rows: list[dict[str, Any]] = []
+
+    async def measure(when: str) -> None:
+        rows.append({"when": when, "tokens_per_second": round(await traffic.rate(seconds), 1)})
+
+    hosts = [f"host{cluster.shape.hosts - 1 - i}" for i in range(losses)]
+    await measure("before")
+    for i, host in enumerate(hosts, 1):
+        before = await cluster.status()
+        await kill_host(cluster, host)
+        await cluster.until(lambda s, b=before: s["state"] == "SERVING" and s["epoch"] > b["epoch"], WHOLE, "a loss")
+        await measure(f"{i} lost, right after")
+        await _settled(cluster)
+        await measure(f"{i} lost, redundancy restored")
+    with contextlib.ExitStack() as stack:
+        for rank in (await cluster.status())["ranks"]:
+            if rank["host"] in hosts:
+                command = worker_command(cluster.address, rank["rank"], rank["host"])
+                worker = stack.enter_context(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+                stack.callback(worker.terminate)
+        await cluster.until(is_whole, WHOLE, f"{' and '.join(hosts)} come back")
+        await _settled(cluster)
+        await measure(f"all {cluster.shape.hosts} back")
+        await traffic.stop()
+    return rows
+
+
+async def _settled(cluster: Cluster) -> None:
+    """Until the epoch has not changed for a while."""
+    epoch, since, begun = -1, 0.0, time.monotonic()
+    while time.monotonic() - since < 2.0 and time.monotonic() - begun < RESTORED:
+        status = await cluster.status()
+        if status["epoch"] != epoch:
+            epoch, since = status["epoch"], time.monotonic()
+        await asyncio.sleep(0.1)
+
+
+async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    shape, draw = Shape(args.hosts, args.ranks_per_host), random.Random(args.seed)
+    jobs = make_jobs(64, args.seed)
+    say(f"what {len(jobs)} requests give on one host; programs for {shape}")
+    expected = await asyncio.to_thread(expected_outputs, jobs, shape)
+    kills: list[dict[str, Any]] = []
+    say(f"starting {shape}; logs are in {directory}")
+    async with Cluster(shape, directory / "kills") as cluster:
+        traffic = Traffic(cluster.address, jobs, expected, args.streams, HANG, retry=True)
+        traffic.start()
+        await asyncio.sleep(5.0)
+        for i in range(args.kills):
+            await asyncio.sleep(draw.uniform(0.5, 1.5))
+            kill = await kill_and_return(cluster, traffic, f"host{draw.randrange(shape.hosts)}")
+            kills.append(kill)
+            say(
+                f"{i + 1}: {kill['host']}, {kill['pause_ms']} ms; back after {kill['back_s']} s, {kill['rejoin_ms']} ms"
+            )
+        restarted = await restart(cluster, traffic)
+        say(f"everything started again: {restarted} ms")
+        await traffic.stop()
+    tallies, rows = [traffic.tally], []
+    if args.losses:
+        async with Cluster(shape, directory / "losses", restart=False) as cluster:
+            traffic = Traffic(cluster.address, jobs, expected, args.streams, HANG)
+            traffic.start()
+            await asyncio.sleep(5.0)
+            rows = await throughput(cluster, traffic, args.losses, args.seconds)
+            tallies.append(traffic.tally)
+    pauses = [k["pause_ms"] for k in kills if k["pause_ms"] is not None]
+    rejoins = [k["rejoin_ms"] for k in kills if k["rejoin_ms"] is not None]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **machine(),
+        "shape": asdict(shape),
+        "streams": args.streams,
+        "kills": len(kills),
+        "pause_ms": _spread(pauses),
+        "rejoin_ms": _spread(rejoins),
+        "back_s": _spread([k["back_s"] for k in kills]),
+        "phases_ms": {
+            name: {p: _median(r.get(f"{p}_ms") for k in kills for r in k[name]) for p in PHASES}
+            for name in ("losses", "joins")
+        },
+        "compilations": sum(k["compilations"] for k in kills),
+        "restart_ms": restarted,
+        "ratio": round(restarted / statistics.median(pauses), 1) if pauses else None,
+        "throughput": rows,
+        "tallies": [asdict(tally) for tally in tallies],
+        "clean": all(tally.clean for tally in tallies),
+        "each": [{k: v for k, v in kill.items() if k not in ("losses", "joins")} for kill in kills],
+    }
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1e3 * seconds, 1)
+
+
+def _median(values: Any) -> float | None:
+    found = [v for v in values if v is not None]
+    return round(statistics.median(found), 1) if found else None
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(values), 1), "worst": max(values)} if values else {}
+
+
+def show(console: Console, r: dict[str, Any]) -> None:
+    shape = Shape(**r["shape"])
+    console.print(f"{r['cpu']}, {r['cores']} cores; {r['date']}; jax {r['jax']}", highlight=False, soft_wrap=True)
+    table = Table("", "median", "worst", title=f"{shape}, {r['streams']} streams, {r['kills']} kills")
+    for name, title in (("pause_ms", "pause, ms"), ("rejoin_ms", "pause when it returns, ms"), ("back_s", "back, s")):
+        table.add_row(title, *(str(r[name].get(column, "–")) for column in ("median", "worst")))
+    table.add_section()
+    for phase in PHASES:
+        loss, join = (r["phases_ms"][name][phase] for name in ("losses", "joins"))
+        table.add_row(f"{phase}, ms (of a join)", f"{loss} ({join})", "")
+    table.add_section()
+    table.add_row("restart of everything, ms", str(r["restart_ms"]), "")
+    table.add_row("as many times the pause", str(r["ratio"]), "")
+    for row in r["throughput"]:
+        table.add_row(f"tokens/s, {row['when']}", str(row["tokens_per_second"]), "")
+    console.print(table)
+    for tally in r["tallies"]:
+        console.print(
+            "{streams} streams, {tokens} tokens: {lost} lost, {duplicated} duplicated, {changed} changed, "
+            "{texts} texts differ, {errors} errors, {hung} hung".format(**tally)
+        )
+        for detail in tally["details"]:
+            console.print(detail, markup=False)
+    console.print(f"{r['compilations']} programs were compiled while it served")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="How long clients wait when a host is killed.", allow_abbrev=False)
+    parser.add_argument("--hosts", type=int, default=6)
+    parser.add_argument("--ranks-per-host", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument(
+        "--losses", type=int, default=2, help="hosts that stay away, one after the other; 0: leave it out"
+    )
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement of tokens per second")
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep logs and journals there")
+    parser.add_argument("--json", action="store_true", help="print one JSON line after the table")
+    args = parser.parse_args()
+    if args.kills < 1:
+        parser.error(f"--kills: found {args.kills}, expected at least 1")
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    with contextlib.ExitStack() as stack:
+        directory = args.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-recovery-")))
+        result = in_loop(run(args, directory, say))
+    show(Console(width=None if sys.stdout.isatty() else 140), result)
+    if args.json:
+        print(json.dumps(result))
+    return 0 if result["clean"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Requests to engines, tokens to clients. It knows who may be given work, not why.
+
+A request goes to one engine, and after it a bell, a number that only grows, to every engine of the mesh: one whose rank
+has no work waits inside a step as soon as any has, so all must be woken (moe_jax.engine).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.request import Request, TokenEvent
+from serving.channel import Message, encode
+from serving.journal import Journal
+from serving.ledger import Entry, Ledger, Place, Score
+from serving.recoveries import Recoveries
+
+Listener = Callable[[TokenEvent], None]
+
+
+class Oblivion:
+    """A journal that keeps nothing."""
+
+    last_numbers = (0, 0, 0)
+    first_number = 1
+    unfinished: Sequence[Entry] = ()
+
+    def transaction(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def _nothing(self, *what: Any) -> None:
+        pass
+
+    numbers = epoch = accept = tokens = finish = ended = _nothing
+
+
+class Router:
+    """Belongs to the running event loop."""
+
+    def __init__(
+        self,
+        journal: Journal | Oblivion,
+        recoveries: Recoveries,
+        send: Callable[[int, bytes], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        """Requests that the journal knows go on. send: frames to the engine of an incarnation, if there is one.
+        failed: the journal cannot be written, and nobody may hear of anything any more."""
+        self._journal, self._recoveries, self._send, self._failed = journal, recoveries, send, failed
+        self.ledger = Ledger(lambda: int.from_bytes(os.urandom(8)), journal.first_number)
+        self.ledger.restore(journal.unfinished)
+        self.members: dict[int, int] = {}  # rank: incarnation of those that may be given work
+        self.bell = 0
+        self._ringing = False
+        self._listeners: dict[int, list[Listener]] = {entry.key: [] for entry in journal.unfinished}  # of open requests
+        self._scores: dict[int, asyncio.Future[Score]] = {}  # by key
+
+    # Clients
+
+    def submit(self, request: Request, listener: Listener) -> Entry:
+        """As Coordinator.submit, for a request that has been checked."""
+        ended = None if self.ledger.find(request.request_id) else self._journal.ended(request.request_id)
+        if ended is not None and ended.asked == request:
+            for event in ended.events():
+                listener(event)
+            return ended
+        entry, is_new = self.ledger.accept(request)
+        if is_new:
+            try:
+                self.keep(lambda: self._journal.accept(entry))
+            except BaseException:
+                self.ledger.cancel(entry)
+                raise
+        for event in entry.events():
+            listener(event)
+        self._listeners.setdefault(entry.key, []).append(listener)
+        self.place()
+        return entry
+
+    def finish(self, entry: Entry) -> None:
+        """Its text is complete, by a stop string of which the engine does not know."""
+        self._leave(entry, self.ledger.finish(entry))
+
+    def cancel(self, entry: Entry) -> None:
+        """Forget it; nothing more is heard of it."""
+        self._leave(entry, self.ledger.cancel(entry))
+
+    async def score(self, token_ids: Sequence[int], chunk: int | None = None) -> np.ndarray:
+        """float32 [T, vocab] as LLM.score. Raises ValueError for what an engine refuses, QueueFull."""
+        score = self.ledger.score(list(token_ids), chunk)
+        done = self._scores[score.key] = asyncio.get_running_loop().create_future()
+        self.place()
+        try:
+            return np.concatenate((await done).rows)
+        finally:
+            del self._scores[score.key]
+            self._tell_to_cancel(self.ledger.cancel(score))
+
+    def _leave(self, entry: Entry, told: tuple[Place, int] | None) -> None:
+        if self._listeners.pop(entry.key, None) is not None:
+            self.keep(lambda: self._journal.finish(entry))
+        self._recoveries.ended(entry.key)
+        self._tell_to_cancel(told)
+
+    def _tell_to_cancel(self, told: tuple[Place, int] | None) -> None:
+        if told is not None:
+            self._send(told[0].incarnation, encode({"type": "cancel", "number": told[1]}))
+
+    # Members
+
+    def serve(self, members: Mapping[int, int], leavers: Collection[int]) -> None:
+        """Work goes to these (rank: incarnation) from now on, and leaves `leavers`."""
+        self.members = dict(members)
+        self.ledger.drain(leavers)
+        self.place()
+
+    def lost(self, rank: int, incarnation: int) -> None:
+        """Its work waits for another place."""
+        if self.members.get(rank) == incarnation:
+            del self.members[rank]
+        self.ledger.lost(rank, incarnation)
+
+    def place(self) -> None:
+        """Send what waits to those who can serve it."""
+        if not self.members or not self.ledger.waiting:
+            return
+        for job in self.ledger.place(self.members):
+            assert job.place is not None
+            self._send(job.place.incarnation, encode(job.command()))
+        if not self._ringing:
+            self._ringing = True
+            asyncio.get_running_loop().call_soon(self._ring)
+
+    def next_bell(self) -> int:
+        self.bell += 1
+        return self.bell
+
+    def _ring(self) -> None:
+        """Once for all requests of this turn of the loop."""
+        self._ringing = False
+        frame = encode({"type": "bell", "bell": self.next_bell()})
+        for incarnation in self.members.values():
+            self._send(incarnation, frame)
+
+    # Engines
+
+    def take_events(self, rank: int, incarnation: int, packed: list[Any]) -> None:
+        """A step's tokens: into the ledger, into the journal, to the clients."""
+        taken = [t for p in packed if (t := self.ledger.take(rank, incarnation, p)) is not None]
+        if not taken:
+            return
+        self.keep(lambda: self._keep_tokens(taken))
+        now = time.monotonic()
+        for entry, event in taken:
+            listeners = self._listeners.get(entry.key)
+            if listeners is None:
+                continue  # its text ended with a token before this one
+            self._recoveries.published(entry.key, now)
+            if event.finish_reason is not None:
+                del self._listeners[entry.key]
+                self._recoveries.ended(entry.key)
+            for listener in tuple(listeners):
+                listener(event)
+
+    def take_score(self, rank: int, incarnation: int, message: Message) -> None:
+        body, rows = message.body, None
+        if "shape" in body:
+            rows = np.frombuffer(message.blob, np.float32).reshape(body["shape"])
+        score = self.ledger.take_score(rank, incarnation, body["number"], rows)
+        if score is not None and (done := self._scores.get(score.key)) is not None and not done.done():
+            if "error" in body:
+                done.set_exception(ValueError(body["error"]))
+            else:
+                done.set_result(score)
+
+    def _keep_tokens(self, taken: list[tuple[Entry, TokenEvent]]) -> None:
+        with self._journal.transaction():
+            self._journal.tokens(taken)
+            for entry, event in taken:
+                if event.finish_reason is not None:
+                    self._journal.finish(entry)
+
+    def keep(self, write: Callable[[], None]) -> None:
+        """Write to the journal. Raises sqlite3.Error, after saying `failed`."""
+        try:
+            write()
+        except sqlite3.Error as e:
+            self._failed(e)
+            raise
