@@ -1,8 +1,8 @@
 """What an engine process does once its engine is built: obey the commands that have arrived, enter the epochs that are
 announced, and unless parked take a step with the other ranks.
 
-Commands: epoch, abort, prefetch, add, cancel, bell, score, status. Answers: arrived, entered, failed, prepared, prefetched, events,
-score, status. Everything it has to say leaves through one function, so a test can stand in for the process.
+Commands: epoch, abort, prefetch, add, cancel, bell, score, status. Answers: arrived, entered, failed, prepared,
+prefetched, events, score, status. Everything it has to say leaves through one function, so a test can stand in for the process.
 
 An epoch with `shrink` set is entered at once: its collectives' predecessors have been aborted, or there were none. Any
 other is entered after the step at whose end all ranks know of it. `abort` is obeyed in the inbox's thread, because the
@@ -149,6 +149,8 @@ class EngineLoop:
         body = self._epoch
         assert body is not None
         self._epoch, engine, number = None, self.engine, body["number"]
+        if self.rank not in body["order"]:
+            return engine.leave()  # drained: the others go on, and this process will be ended
         begun, counted = time.monotonic(), compilations.count
         ms = {"fail": 1e3 * (begun - self._cut) if self._cut else 0.0}
         self._cut = 0.0
@@ -180,7 +182,7 @@ class EngineLoop:
         """Make the meshes ready that this epoch's losses would leave, in the background, until it is over."""
         engine = self.engine
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _PREPARE_NICE)
-        ahead = [(_mesh(nodes), order) for order, nodes in body.get("ahead", ())]
+        ahead = [(_mesh(nodes), order) for order, nodes in body.get("ahead", ()) if self.rank in order]
         own = engine.own.devices
         if engine.mesh is None:
             return

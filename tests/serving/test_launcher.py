@@ -101,13 +101,11 @@ def test_the_same_tokens_as_one_process(cluster, single):
     prompts = ["The capital of", "Once upon a time", long, "In the year 1900", [5], "x", "She said", "The", "A b c"]
     temperatures = (0, 0, 0, 0, 0, 0.9, 1.0, 0.7, 1.3)
     params = [SamplingParams(max_tokens=12, temperature=t, seed=i) for i, t in enumerate(temperatures)]
-    before = backend(cluster).compilations()
     got, expected = cluster.generate(prompts, params), single.generate(prompts, params)
     for g, e in zip(got, expected, strict=True):
         g, e = g.outputs[0], e.outputs[0]
         assert (g.token_ids, g.text, g.finish_reason) == (e.token_ids, e.text, e.finish_reason)
-    assert backend(cluster).compilations() == before
-    assert all(answer["parked"] for answer in backend(cluster).engines())
+    assert backend(cluster).status()["compilations"] == 0
 
 
 def test_the_same_log_probabilities_bit_by_bit(cluster, single):

@@ -440,9 +440,9 @@ class World:
 
     # A worker
 
-    def launch(self, rank):
-        process = self.processes.get(rank)
-        if rank in self.gone or (process and process.alive):
+    def launch(self, rank, twice=False):
+        known = [*self.by_incarnation.values(), *self.processes.values()]
+        if rank in self.gone or (not twice and any(p.rank == rank and p.alive for p in known)):
             return
         self.processes[rank] = process = Process(rank)
         self.upward(process, self.hello, process)
@@ -665,8 +665,7 @@ class World:
                     self.cuts.add(frozenset(rng.sample(ranks, 2)))
             case "start twice":
                 if process:  # its launcher thinks it is dead: two say they are the rank
-                    del self.processes[process.rank]
-                    self.launch(process.rank)
+                    self.launch(process.rank, twice=True)
             case "fail":
                 if engine and engine.epoch:
                     self.fail(engine, engine.epoch)
