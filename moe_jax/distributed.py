@@ -87,9 +87,15 @@ def connect(address: str, rank: int, num_nodes: int, init_timeout_s: int = 120, 
     return client
 
 
-def live_nodes(client: Any, ranks: list[int]) -> list[int]:
-    """A barrier among the live of `ranks`; it also tells XLA their incarnations. To be called at every epoch."""
-    return sorted(client.get_live_nodes(sorted(ranks)))
+def live_nodes(client: Any, name: str, nodes: list[int], timeout_s: float) -> list[int]:
+    """A barrier among `nodes`, and those of them that live; it also tells XLA their incarnations. Once an epoch.
+
+    JAX's own barrier knows no name: a call that waits for a lost node would be met by a later one for the same nodes,
+    and that one's partners would wait. So all meet at a barrier with a name first, which nobody comes to late.
+    Raises JaxRuntimeError after timeout_s.
+    """
+    client.wait_at_barrier(name, int(1000 * timeout_s), sorted(nodes))
+    return sorted(client.get_live_nodes(sorted(nodes)))
 
 
 # Programs

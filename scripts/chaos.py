@@ -298,12 +298,13 @@ class Chaos:
         """A rank is killed, and another one when the first is being switched in again."""
         first, second = await self.victims(2)
         kinds = self.kind(), self.kind()
+        epoch = (await self.cluster.status())["epoch"]
         said = self.strike(first, kinds[0])
-        status = await self.cluster.until(
-            lambda s: first["rank"] in _lost(s), WHOLE, f"rank {first['rank']} was killed"
-        )
-        epoch = status["epoch"]
-        await self.cluster.until(lambda s: s["epoch"] > epoch, WHOLE, f"rank {first['rank']} comes back", 0.002)
+
+        def switches(status: dict[str, Any]) -> bool:
+            return any(r["epoch"] > epoch and first["rank"] in r["joined"] for r in status["recoveries"])
+
+        await self.cluster.until(switches, WHOLE, f"rank {first['rank']} was killed and comes back", 0.002)
         return f"{said}, as it is switched in {self.strike(second, kinds[1])}"
 
     async def _in_rejoin(self, choose: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]) -> str:
@@ -386,10 +387,6 @@ FAULTS = {
     "service": Chaos.service,
     "stop service": Chaos.stop_service,
 }
-
-
-def _lost(status: dict[str, Any]) -> list[int]:
-    return [rank["rank"] for rank in status["ranks"] if rank["state"] == "lost"]
 
 
 def _incarnations(status: dict[str, Any]) -> list[int]:

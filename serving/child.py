@@ -59,6 +59,7 @@ class Child:
                 start_new_session=session,
             )
         self._session = session
+        self._stat = os.open(f"/proc/{self.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)  # this process for ever, not its id
 
     @property
     def pid(self) -> int:
@@ -76,9 +77,11 @@ class Child:
     @property
     def state(self) -> str:
         """One letter of proc(5): "R" runs, "S" sleeps, "T" and "t" are stopped, "Z" has ended and "X" is gone."""
-        with contextlib.suppress(OSError):
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return "X"
+        try:
+            stat = os.pread(self._stat, 512, 0)
+        except OSError:  # it has been waited for
+            return "X"
+        return chr(stat[stat.rindex(b")") + 2])
 
     @property
     def stopped(self) -> bool:
@@ -121,6 +124,9 @@ class Child:
         """Let go of the socket and the log. The process is not touched, but sees the socket end."""
         self.channel.close()
         self._log.close()
+        if self._stat >= 0:
+            os.close(self._stat)
+        self._stat = -1
 
 
 def end(children: Sequence[Child], patience: float = 2.0) -> None:

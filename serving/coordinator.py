@@ -23,6 +23,7 @@ from moe_jax.request import Request
 from serving import membership as m
 from serving.channel import Message, encode
 from serving.cluster import Cluster
+from serving.frame_server import FrameServer
 from serving.journal import Journal
 from serving.ledger import Entry, Place
 from serving.membership import Membership
@@ -35,7 +36,7 @@ from serving.worker_stream import ClusterService, WorkerStream
 
 log = logging.getLogger(__name__)
 
-_TICK = 0.05  # seconds
+_TICK = 0.2  # seconds, unless something is due before
 _STOOD_STILL = 0.5  # seconds between two ticks
 _PATIENCE = 1.0  # seconds for workers to go at the end
 
@@ -85,17 +86,19 @@ class Coordinator:
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._server: grpc.aio.Server | None = None
+        self._frames = FrameServer()
 
     async def start(self, address: str = "127.0.0.1:0", faces: Sequence[Callable[[grpc.aio.Server], None]] = ()) -> str:
         """Listen; returns "host:port". `faces` may add other services to the server. Raises OSError if it is taken."""
         self._server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.so_reuseport", 0)])
-        rpc.add_ClusterServicer_to_server(ClusterService(self), self._server)
+        rpc.add_ClusterServicer_to_server(ClusterService(self, self._frames), self._server)
         for face in faces:
             face(self._server)
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError as e:
             raise OSError(f"address {address}: cannot listen there: {e}") from None
+        self._frames.start(address.rpartition(":")[0].strip("[]"))
         await self._server.start()
         self.address = f"{address.rpartition(':')[0]}:{port}"
         self._tick()
@@ -111,6 +114,7 @@ class Coordinator:
         deadline = time.monotonic() + _PATIENCE
         while self._current and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
+        self._frames.close()
         if self._server is not None:
             await self._server.stop(None)
         for service in list(self._services.values()):
@@ -174,12 +178,12 @@ class Coordinator:
         rank, incarnation, now = stream.rank, stream.incarnation, time.monotonic()
         if not incarnation or self._closed:
             return
-        busy = self.router.ledger.load(Place(rank, incarnation)).jobs > 0
-        self._do(self._membership.progress(rank, incarnation, stream.steps, busy, now))
+        done = stream.steps, self.router.ledger.load(Place(rank, incarnation)).jobs > 0
+        if done != stream.told:
+            stream.told = done
+            self._do(self._membership.progress(rank, incarnation, *done, now))
         if stopped:
             stream.ill_since = stream.ill_since or now
-        if not stream.listens:
-            self._do(self._membership.lost(rank, incarnation, "it does not listen", now))
         self._do(self._membership.heartbeat(rank, incarnation, now, running, stopped))
 
     def worker_ended(self, stream: WorkerStream, reason: str) -> bool:
@@ -187,12 +191,18 @@ class Coordinator:
             return False
         if stream.generation not in self._services:
             return True  # it died with the JAX service; another will be started
+        stream.catch_up()  # on why it ended
         stream.ill_since = time.monotonic()
         kind, text = stream.error or ("", reason)
         what = _first_line(text).removeprefix(f"rank {stream.rank}: ")
         self._do(self._membership.lost(stream.rank, stream.incarnation, what, stream.ill_since))
         self.watcher.engine_failed(stream.rank, kind, text)
         return False
+
+    def worker_mute(self, stream: WorkerStream, reason: str = "its engine cannot be heard") -> None:
+        if stream.incarnation and not self._closed and stream.dismissed is None:
+            stream.ill_since = time.monotonic()
+            self._do(self._membership.lost(stream.rank, stream.incarnation, reason, stream.ill_since))
 
     def worker_gone(self, stream: WorkerStream, reason: str) -> None:
         now = time.monotonic()
@@ -210,6 +220,8 @@ class Coordinator:
         for message in messages:
             body = message.body
             match body["type"]:
+                case "started":
+                    stream.engine_pid = body["pid"]
                 case "events":
                     stream.steps = body.get("steps", stream.steps + 1)
                     self.router.take_events(rank, incarnation, body["events"])

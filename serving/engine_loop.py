@@ -2,7 +2,8 @@
 announced, and unless parked take a step with the other ranks.
 
 Commands: epoch, abort, prefetch, add, cancel, bell, score, status. Answers: arrived, entered, failed, prepared,
-prefetched, events, score, status. Everything it has to say leaves through one function, so a test can stand in for the process.
+prefetched, events, score, status. Everything it has to say leaves through one function, so a test can stand in for the
+process.
 
 An epoch with `shrink` set is entered at once: its collectives' predecessors have been aborted, or there were none. Any
 other is entered after the step at whose end all ranks know of it. `abort` is obeyed in the inbox's thread, because the
@@ -12,6 +13,7 @@ main one is inside the collective that is to be ended.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,10 +31,12 @@ from serving.channel import Message
 from serving.inbox import Inbox
 from serving.messages import pack_event, unpack_request
 
+STUCK = 70  # exit code
 HEARTBEAT = 1.0  # seconds: while steps go on, something is said at least this often
 SCORE_BYTES = 16 << 20  # of log-probabilities in one message
 _CUT_EVERY = 0.01  # seconds; sockets may still be opening while they are shut
-_CUT_FOR = 10.0  # seconds; the coordinator gives up on this rank before that
+_CUT_FOR = 2.0  # seconds; leaving takes some hundredths
+_BARRIER = 60.0  # seconds; the coordinator gives up on this rank before that
 _TICK = 0.002
 _PREPARE_NICE = 10
 
@@ -131,6 +135,10 @@ class EngineLoop:
                     return
                 cut_collectives(self._service)
             time.sleep(_CUT_EVERY)
+        # A communicator that waits for the address of a rank which has left has nothing to cut. Starting anew is faster
+        # than its own timeout.
+        print(f"still inside a collective {_CUT_FOR:g} s after it was aborted: this engine ends", file=sys.stderr)
+        os._exit(STUCK)
 
     @contextmanager
     def _collective(self, epoch: int) -> Any:
@@ -194,13 +202,13 @@ class EngineLoop:
         self._send({"type": "prepared", "epoch": body["number"]})
 
     def _barrier(self, number: int, nodes: list[int]) -> None:
-        """Meet the other ranks at the JAX service. In a thread: a rank lost on its way there would keep the others for
-        ever, and there is no deadline to give; a thread that was left behind waits on, and harms nobody."""
+        """Meet the other ranks at the JAX service. In a thread, for a rank may be lost on its way there; then the
+        thread is left behind until it times out, and harms nobody."""
         result: list[Any] = []
 
         def meet() -> None:
             try:
-                result.append(live_nodes(self._client, nodes))
+                result.append(live_nodes(self._client, f"epoch-{number}", nodes, _BARRIER))
             except Exception as e:
                 result.append(e)
 
@@ -210,10 +218,8 @@ class EngineLoop:
             thread.join(_TICK if self._aborted >= number else 10 * _TICK)
             if self._aborted >= number:
                 raise Aborted(f"epoch {number} is over")
-        if isinstance(result[0], Exception):
-            raise result[0]
         if result[0] != sorted(nodes):
-            self._failed(number, f"found nodes {result[0]} live, expected {sorted(nodes)}")
+            self._failed(number, f"barrier: found {result[0]}, expected nodes {sorted(nodes)}")
             raise Aborted(f"epoch {number} has lost a rank")
 
     def _failed(self, number: int, why: str) -> None:

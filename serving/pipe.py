@@ -1,6 +1,6 @@
-"""One end of a Unix socket in an asyncio event loop: bytes in, bytes out, and its end, all without blocking.
+"""One end of a socket in an asyncio event loop: bytes in, bytes out, and its end, all without blocking.
 
-Bytes, not messages: a supervisor passes them on unread. `serving.channel` has the messages.
+Bytes, not messages; `serving.channel` has these.
 """
 
 from __future__ import annotations
@@ -42,15 +42,6 @@ class Pipe:
         if len(self._unsent) > MAX_UNSENT:
             self._end()
 
-    def pause(self) -> None:
-        """Receive nothing for now; the other end waits once the socket is full."""
-        if self.open:
-            self._loop.remove_reader(self._socket)
-
-    def resume(self) -> None:
-        if self.open:
-            self._loop.add_reader(self._socket, self._read)
-
     def close(self) -> None:
         """The other end sees it. May be called twice."""
         if self.open:
@@ -58,17 +49,24 @@ class Pipe:
             self._loop.remove_writer(self._socket)
             self._socket.close()
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Receive what is there, now."""
+        while self.open and self._read():
+            pass
+
+    def _read(self) -> bool:
+        """Whether there was something."""
         try:
             data = self._socket.recv(_RECEIVE)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
         if data:
             self._received(data)
         else:
             self._end()
+        return bool(data)
 
     def _flush(self) -> None:
         try:

@@ -1,9 +1,9 @@
 """The supervisor of one rank: `python -m serving.worker --coordinator ADDR --rank R --host NAME`.
 
 It speaks gRPC with the coordinator and owns the engine process, which must hold no foreign TCP socket and may be inside
-a collective or a compilation for any length of time. It passes frames on unread, and says five times a second that it
-lives and whether its engine does. A worker is both processes or none: when the engine ends it reports that and exits,
-and a frame, a stop or a kill that ends it takes the engine along.
+a collective or a compilation for any length of time. It passes the engine's frames on unread (serving.relay), and says
+five times a second that it lives and whether its engine does. A worker is both processes or none: when the engine ends
+it reports that and exits, and whatever ends it takes the engine along.
 
 Exit codes: 75 dismissed by the coordinator (start it again, if it shall come back), 1 failed, 0 told to end.
 """
@@ -24,20 +24,20 @@ from typing import Any
 
 import grpc
 
-from serving.channel import MAX_MESSAGE, encode, whole_frames
+from serving.channel import MAX_MESSAGE, encode
 from serving.child import Child
 from serving.environment import Platform, engine_environment, guess_platform
-from serving.outgoing import Outgoing
 from serving.pipe import Pipe
 from serving.protos import cluster_pb2 as pb
 from serving.protos import cluster_pb2_grpc as rpc
+from serving.relay import Relay
 
 PROTOCOL = "1"  # of what is said on the stream; the coordinator dismisses any other
 DISMISSED = 75  # EX_TEMPFAIL of sysexits.h: start it again
 HEARTBEAT = 0.2  # seconds
 GRPC_OPTIONS = (  # of both ends
-    ("grpc.max_receive_message_length", 2 * MAX_MESSAGE + (1 << 20)),
-    ("grpc.max_send_message_length", 2 * MAX_MESSAGE + (1 << 20)),
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
     ("grpc.keepalive_time_ms", 10_000),  # a cut is noticed, though nobody says goodbye
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -45,8 +45,7 @@ GRPC_OPTIONS = (  # of both ends
     ("grpc.use_local_subchannel_pool", 1),
 )
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # what `read` gives at the end of a stream
-_LOOK = 0.05  # seconds between two looks at the engine and the parent
-_MAX_WAITING = 8 << 20  # bytes to the coordinator; beyond that the engine keeps what it has to say
+_LOOK = 0.1  # seconds between two looks at the engine and the parent
 _RETRY = (0.1, 2.0)  # seconds: the first and the longest pause between two tries to reach the coordinator
 
 
@@ -70,10 +69,9 @@ class Supervisor:
         self.exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._environ = engine_environment(options.rank, options.platform, os.environ)
         self._engine: Child | None = None
-        self._pipe: Pipe | None = None
-        self._unread = bytearray()  # from the engine: the beginning of a frame
-        self._outgoing = Outgoing[Any](lambda frames: pb.WorkerMessage(frame=frames))
-        self._paused = self._connected = self._failed = False
+        self._relay: Relay | None = None
+        self._outgoing: asyncio.Queue[pb.WorkerMessage] = asyncio.Queue()
+        self._connected = self._failed = False
         self._incarnation = 0
         self._parent = os.getppid()
         self._parent_pipe: Pipe | None = None
@@ -133,7 +131,7 @@ class Supervisor:
             incarnation=self._incarnation,
         )
         await call.write(pb.WorkerMessage(hello=hello))
-        writing = asyncio.create_task(self._outgoing.run(call.write))
+        writing = asyncio.create_task(self._write(call))
         self._connected = True
         try:
             while (message := await call.read()) is not EOF:
@@ -145,13 +143,14 @@ class Supervisor:
             if not writing.cancelled():
                 writing.exception()  # the stream broke, as the reader has seen, too
 
+    async def _write(self, call: Any) -> None:
+        while True:
+            await call.write(await self._outgoing.get())
+
     def _obey(self, message: Any) -> None:
         match message.WhichOneof("kind"):
-            case "frame":
-                if self._pipe is not None:
-                    self._pipe.write(message.frame)
             case "start":
-                self._start_engine(json.loads(message.start.start_json))
+                self._start_engine(message.start)
             case "welcome":
                 self._incarnation = message.welcome.incarnation
             case "dismiss":
@@ -160,47 +159,43 @@ class Supervisor:
 
     # The engine
 
-    def _start_engine(self, start: dict[str, Any]) -> None:
+    def _start_engine(self, wanted: pb.StartEngine) -> None:
         self._end_engine()
         self._failed = False
         name, arguments = f"rank {self.options.rank}", [str(self.options.rank), "{fd}"]
-        self._engine = Child(name, self.options.engine, arguments, self._environ, log=2, session=False)
-        self._pipe = Pipe(self._engine.channel.fileno(), self._pass_on, self._engine_ended)
-        self._engine.channel.close()  # the pipe has it now
-        # A word of ours among the engine's: what follows is from this one, and no longer from one before it.
-        self._outgoing.put_frames(encode({"type": "started", "pid": self._engine.pid}))
-        self._pipe.write(encode(start))
+        self._engine = engine = Child(name, self.options.engine, arguments, self._environ, log=2, session=False)
+        loop = asyncio.get_running_loop()
 
-    def _pass_on(self, data: bytes | bytearray) -> None:
-        if self._unread:
-            self._unread += data
-            data = self._unread
-        size = whole_frames(data)
-        if size:
-            self._outgoing.put_frames(bytes(data[:size]))
-        self._unread = bytearray(data[size:])
-        if self._outgoing.waiting > _MAX_WAITING and self._pipe is not None:
-            self._paused = True
-            self._pipe.pause()
+        def ended() -> None:
+            loop.call_soon_threadsafe(self._engine_ended, engine)
 
-    def _engine_ended(self) -> None:
-        assert self._engine is not None
+        self._relay = Relay(
+            engine.channel.fileno(),
+            encode(json.loads(wanted.start_json)),
+            (self.options.coordinator.rpartition(":")[0].strip("[]"), wanted.port),
+            wanted.key.encode() + encode({"type": "started", "pid": engine.pid}),
+            ended,
+        )
+        engine.channel.close()  # the relay has it now
+
+    def _engine_ended(self, engine: Child) -> None:
+        if engine is not self._engine:
+            return
         with contextlib.suppress(Exception):
-            self._engine.process.wait(0.02)  # for its exit code
+            engine.process.wait(0.02)  # for its exit code
         # The coordinator closes the stream, which ends this process; or else has us start another engine.
         self._failed = True
-        self._outgoing.put(pb.WorkerMessage(ended=pb.EngineEnded(reason=self._engine.describe())))
-        self._end_engine()
+        self._outgoing.put_nowait(pb.WorkerMessage(ended=pb.EngineEnded(reason=engine.describe())))
+        engine.kill()
 
     def _end_engine(self) -> None:
-        if self._engine is not None and self._pipe is not None:
-            self._pipe.close()  # nothing more is heard of it
+        if self._engine is not None and self._relay is not None:
             self._engine.kill()
+            self._relay.close()
             with contextlib.suppress(Exception):
                 self._engine.process.wait(5.0)
             self._engine.close()
-        self._engine = self._pipe = None
-        self._unread.clear()
+        self._engine = self._relay = None
 
     async def _look(self) -> None:
         """Heartbeats: five times a second, and at once when the engine's state changes."""
@@ -212,11 +207,8 @@ class Supervisor:
             beat = pb.Heartbeat(engine_running=state not in "XZ", engine_stopped=state in "tT")
             now = time.monotonic()
             if self._connected and (beat != said or now - said_at >= HEARTBEAT):
-                self._outgoing.put(pb.WorkerMessage(heartbeat=beat))
+                self._outgoing.put_nowait(pb.WorkerMessage(heartbeat=beat))
                 said, said_at = beat, now
-            if self._paused and self._pipe is not None and self._outgoing.waiting < _MAX_WAITING // 2:
-                self._paused = False
-                self._pipe.resume()
             await asyncio.sleep(_LOOK)
 
 

@@ -1,4 +1,4 @@
-"""The coordinator's end of the workers' control streams: gRPC on one side, plain calls on the other.
+"""The coordinator's end of its workers: gRPC and frames on one side, plain calls on the other.
 
 It knows no membership: whoever owns it decides which stream is a member, and what is said to it.
 """
@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from typing import Any, Protocol
 
 import grpc
 
 from serving.channel import Decoder, Message, encode
-from serving.outgoing import Outgoing
+from serving.frame_server import FrameServer
+from serving.pipe import Pipe
 from serving.protos import cluster_pb2 as pb
 from serving.protos import cluster_pb2_grpc as rpc
 from serving.worker import EOF
 
-MAX_WAITING = 64 << 20  # bytes that a worker may be behind; beyond that it does not listen
 _HELLO = 10.0  # seconds in which a stream must say who it is
 
 
 class WorkerStream:
     """One worker process, as long as it is connected."""
 
-    def __init__(self, hello: pb.Hello) -> None:
+    def __init__(self, hello: pb.Hello, frames: FrameServer, workers: Workers) -> None:
         self.rank, self.host, self.pid, self.device = hello.rank, hello.host, hello.pid, hello.device
         self.version, self.claimed = hello.version, hello.incarnation
         self.incarnation = 0  # as the coordinator draws it
@@ -34,50 +35,64 @@ class WorkerStream:
         self.heard = time.monotonic()
         self.ill_since: float | None = None  # when it was first seen to be stopped, ended or cut off
         self.steps = 0  # of its engine, as last heard
+        self.told: tuple[int, bool] | None = None  # to membership: the steps, and whether there is work
         self.seconds: dict[str, float] = {}  # that its engine took to start
         self.error: tuple[str, str] | None = None  # what its engine said before it ended: an exception's name and text
         self.answers: dict[str, dict[str, Any]] = {}  # to questions, the last one of each type
         self.dismissed: str | None = None  # why, if it was
-        self.outgoing = Outgoing[pb.CoordinatorMessage](lambda frames: pb.CoordinatorMessage(frame=frames))
+        self.control: asyncio.Queue[pb.CoordinatorMessage] = asyncio.Queue()  # to be written
+        self._workers, self._frames = workers, frames
+        self._key = ""  # that its engine will come with
+        self._pipe: Pipe | None = None  # to its engine
         self._decoder = Decoder()
-        self._awaited = False  # an engine was asked for, and what comes is still from one before it
 
     def welcome(self, incarnation: int) -> None:
         self.incarnation = incarnation
-        self.outgoing.put(pb.CoordinatorMessage(welcome=pb.Welcome(incarnation=incarnation)))
+        self.control.put_nowait(pb.CoordinatorMessage(welcome=pb.Welcome(incarnation=incarnation)))
 
     def start_engine(self, generation: int, start: dict[str, Any]) -> None:
-        self.generation, self.engine_pid, self._awaited = generation, None, True
-        self.steps, self.error = 0, None
-        self.outgoing.put(pb.CoordinatorMessage(start=pb.StartEngine(start_json=json.dumps(start))))
+        """Nothing more is heard of the engine that it has."""
+        self.disconnect()
+        self.generation, self.engine_pid, self.steps, self.error, self.told = generation, None, 0, None, None
+        self._key = self._frames.expect(self._connected)
+        engine = pb.StartEngine(start_json=json.dumps(start), port=self._frames.port, key=self._key)
+        self.control.put_nowait(pb.CoordinatorMessage(start=engine))
 
     def dismiss(self, reason: str) -> None:
         if self.dismissed is None:
             self.dismissed = reason
-            self.outgoing.put(pb.CoordinatorMessage(dismiss=pb.Dismiss(reason=reason)))
+            self.control.put_nowait(pb.CoordinatorMessage(dismiss=pb.Dismiss(reason=reason)))
 
     def send(self, body: dict[str, Any]) -> None:
         self.send_frames(encode(body))
 
     def send_frames(self, frames: bytes) -> None:
-        """Whole frames for the engine. What is sent to a dismissed worker is dropped."""
-        if self.dismissed is None:
-            self.outgoing.put_frames(frames)
+        """Whole frames for the engine. Dropped where there is none, or it is not wanted any more."""
+        if self.dismissed is None and self._pipe is not None:
+            self._pipe.write(frames)
 
-    @property
-    def listens(self) -> bool:
-        return self.outgoing.waiting <= MAX_WAITING
+    def catch_up(self) -> None:
+        """Take in what its engine has said until now."""
+        if self._pipe is not None:
+            self._pipe.read()
 
-    def messages(self, frames: bytes) -> list[Message]:
-        """What the engine says; nothing of an engine that has been replaced. Raises ValueError for broken frames."""
-        messages = self._decoder.feed(frames)
-        if not self._awaited:
-            return messages
-        for i, message in enumerate(messages):
-            if message.body["type"] == "started":
-                self._awaited, self.engine_pid = False, message.body["pid"]
-                return messages[i + 1 :]
-        return []
+    def disconnect(self) -> None:
+        self._frames.forget(self._key)
+        if self._pipe is not None:
+            self._pipe.close()
+        self._pipe = None
+
+    def _connected(self, sock: socket.socket) -> None:
+        self._decoder = Decoder()
+        self._pipe = Pipe(sock.fileno(), self._received, lambda: self._workers.worker_mute(self))
+
+    def _received(self, frames: bytes) -> None:
+        try:
+            messages = self._decoder.feed(frames)
+        except ValueError as e:
+            self.disconnect()
+            return self._workers.worker_mute(self, f"its engine sent what is no message ({e})")
+        self._workers.worker_said(self, messages)
 
 
 class Workers(Protocol):
@@ -89,6 +104,10 @@ class Workers(Protocol):
 
     def worker_beat(self, stream: WorkerStream, running: bool, stopped: bool) -> None: ...
     def worker_said(self, stream: WorkerStream, messages: list[Message]) -> None: ...
+    def worker_mute(self, stream: WorkerStream, reason: str = "its engine cannot be heard") -> None:
+        """Nothing more comes from its engine, for another reason than that it ended."""
+        ...
+
     def worker_ended(self, stream: WorkerStream, reason: str) -> bool:
         """Its engine ended. Whether the worker may stay, to be told to start another."""
         ...
@@ -99,8 +118,8 @@ class Workers(Protocol):
 
 
 class ClusterService(rpc.ClusterServicer):
-    def __init__(self, workers: Workers) -> None:
-        self._workers = workers
+    def __init__(self, workers: Workers, frames: FrameServer) -> None:
+        self._workers, self._frames = workers, frames
 
     async def Control(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
         try:
@@ -109,8 +128,8 @@ class ClusterService(rpc.ClusterServicer):
             first = EOF
         if first is EOF or first.WhichOneof("kind") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "first message: expected Hello")
-        stream, reason = WorkerStream(first.hello), "its stream ended"
-        writing = asyncio.create_task(stream.outgoing.run(context.write))
+        stream, reason = WorkerStream(first.hello, self._frames, self._workers), "its stream ended"
+        writing = asyncio.create_task(_write(stream.control, context))
         self._workers.worker_came(stream)
         try:
             while (message := await context.read()) is not EOF:
@@ -120,10 +139,9 @@ class ClusterService(rpc.ClusterServicer):
         except asyncio.CancelledError:
             reason = "its stream broke"
             raise
-        except ValueError as e:
-            reason = f"it sent what is no message ({e})"
         finally:
             writing.cancel()
+            stream.disconnect()
             self._workers.worker_gone(stream, reason)
             await asyncio.wait([writing])
             if not writing.cancelled():
@@ -132,11 +150,14 @@ class ClusterService(rpc.ClusterServicer):
     def _take(self, stream: WorkerStream, message: pb.WorkerMessage) -> bool:
         """Whether to go on listening."""
         match message.WhichOneof("kind"):
-            case "frame":
-                self._workers.worker_said(stream, stream.messages(message.frame))
             case "heartbeat":
                 beat = message.heartbeat
                 self._workers.worker_beat(stream, beat.engine_running, beat.engine_stopped)
             case "ended":
                 return self._workers.worker_ended(stream, message.ended.reason)
         return True
+
+
+async def _write(messages: asyncio.Queue[pb.CoordinatorMessage], context: grpc.aio.ServicerContext) -> None:
+    while True:
+        await context.write(await messages.get())

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cserving/protos/cluster.proto\x12\nmoe_jax.v1\"\xa2\x01\n\rWorkerMessage\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.moe_jax.v1.HelloH\x00\x12*\n\theartbeat\x18\x02 \x01(\x0b\x32\x15.moe_jax.v1.HeartbeatH\x00\x12(\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x17.moe_jax.v1.EngineEndedH\x00\x12\x0f\n\x05\x66rame\x18\x04 \x01(\x0cH\x00\x42\x06\n\x04kind\"f\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x13\n\x0bincarnation\x18\x06 \x01(\x04\";\n\tHeartbeat\x12\x16\n\x0e\x65ngine_running\x18\x01 \x01(\x08\x12\x16\n\x0e\x65ngine_stopped\x18\x02 \x01(\x08\"\x1d\n\x0b\x45ngineEnded\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xa7\x01\n\x12\x43oordinatorMessage\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.moe_jax.v1.WelcomeH\x00\x12(\n\x05start\x18\x02 \x01(\x0b\x32\x17.moe_jax.v1.StartEngineH\x00\x12\x0f\n\x05\x66rame\x18\x03 \x01(\x0cH\x00\x12&\n\x07\x64ismiss\x18\x04 \x01(\x0b\x32\x13.moe_jax.v1.DismissH\x00\x42\x06\n\x04kind\"\x1e\n\x07Welcome\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\"!\n\x0bStartEngine\x12\x12\n\nstart_json\x18\x01 \x01(\t\"\x19\n\x07\x44ismiss\x12\x0e\n\x06reason\x18\x01 \x01(\t2S\n\x07\x43luster\x12H\n\x07\x43ontrol\x12\x19.moe_jax.v1.WorkerMessage\x1a\x1e.moe_jax.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cserving/protos/cluster.proto\x12\nmoe_jax.v1\"\x91\x01\n\rWorkerMessage\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.moe_jax.v1.HelloH\x00\x12*\n\theartbeat\x18\x02 \x01(\x0b\x32\x15.moe_jax.v1.HeartbeatH\x00\x12(\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x17.moe_jax.v1.EngineEndedH\x00\x42\x06\n\x04kind\"f\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x13\n\x0bincarnation\x18\x06 \x01(\x04\";\n\tHeartbeat\x12\x16\n\x0e\x65ngine_running\x18\x01 \x01(\x08\x12\x16\n\x0e\x65ngine_stopped\x18\x02 \x01(\x08\"\x1d\n\x0b\x45ngineEnded\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x96\x01\n\x12\x43oordinatorMessage\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.moe_jax.v1.WelcomeH\x00\x12(\n\x05start\x18\x02 \x01(\x0b\x32\x17.moe_jax.v1.StartEngineH\x00\x12&\n\x07\x64ismiss\x18\x03 \x01(\x0b\x32\x13.moe_jax.v1.DismissH\x00\x42\x06\n\x04kind\"\x1e\n\x07Welcome\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\"<\n\x0bStartEngine\x12\x12\n\nstart_json\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0b\n\x03key\x18\x03 \x01(\t\"\x19\n\x07\x44ismiss\x12\x0e\n\x06reason\x18\x01 \x01(\t2S\n\x07\x43luster\x12H\n\x07\x43ontrol\x12\x19.moe_jax.v1.WorkerMessage\x1a\x1e.moe_jax.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,21 +32,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'serving.protos.cluster_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERMESSAGE']._serialized_start=45
-  _globals['_WORKERMESSAGE']._serialized_end=207
-  _globals['_HELLO']._serialized_start=209
-  _globals['_HELLO']._serialized_end=311
-  _globals['_HEARTBEAT']._serialized_start=313
-  _globals['_HEARTBEAT']._serialized_end=372
-  _globals['_ENGINEENDED']._serialized_start=374
-  _globals['_ENGINEENDED']._serialized_end=403
-  _globals['_COORDINATORMESSAGE']._serialized_start=406
-  _globals['_COORDINATORMESSAGE']._serialized_end=573
-  _globals['_WELCOME']._serialized_start=575
-  _globals['_WELCOME']._serialized_end=605
-  _globals['_STARTENGINE']._serialized_start=607
-  _globals['_STARTENGINE']._serialized_end=640
-  _globals['_DISMISS']._serialized_start=642
-  _globals['_DISMISS']._serialized_end=667
-  _globals['_CLUSTER']._serialized_start=669
-  _globals['_CLUSTER']._serialized_end=752
+  _globals['_WORKERMESSAGE']._serialized_end=190
+  _globals['_HELLO']._serialized_start=192
+  _globals['_HELLO']._serialized_end=294
+  _globals['_HEARTBEAT']._serialized_start=296
+  _globals['_HEARTBEAT']._serialized_end=355
+  _globals['_ENGINEENDED']._serialized_start=357
+  _globals['_ENGINEENDED']._serialized_end=386
+  _globals['_COORDINATORMESSAGE']._serialized_start=389
+  _globals['_COORDINATORMESSAGE']._serialized_end=539
+  _globals['_WELCOME']._serialized_start=541
+  _globals['_WELCOME']._serialized_end=571
+  _globals['_STARTENGINE']._serialized_start=573
+  _globals['_STARTENGINE']._serialized_end=633
+  _globals['_DISMISS']._serialized_start=635
+  _globals['_DISMISS']._serialized_end=660
+  _globals['_CLUSTER']._serialized_start=662
+  _globals['_CLUSTER']._serialized_end=745
 # @@protoc_insertion_point(module_scope)

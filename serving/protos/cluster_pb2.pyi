@@ -6,16 +6,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "heartbeat", "ended", "frame")
+    __slots__ = ("hello", "heartbeat", "ended")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
-    FRAME_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     heartbeat: Heartbeat
     ended: EngineEnded
-    frame: bytes
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., ended: _Optional[_Union[EngineEnded, _Mapping]] = ..., frame: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., ended: _Optional[_Union[EngineEnded, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("rank", "host", "pid", "device", "version", "incarnation")
@@ -48,16 +46,14 @@ class EngineEnded(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class CoordinatorMessage(_message.Message):
-    __slots__ = ("welcome", "start", "frame", "dismiss")
+    __slots__ = ("welcome", "start", "dismiss")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
-    FRAME_FIELD_NUMBER: _ClassVar[int]
     DISMISS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     start: StartEngine
-    frame: bytes
     dismiss: Dismiss
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., start: _Optional[_Union[StartEngine, _Mapping]] = ..., frame: _Optional[bytes] = ..., dismiss: _Optional[_Union[Dismiss, _Mapping]] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., start: _Optional[_Union[StartEngine, _Mapping]] = ..., dismiss: _Optional[_Union[Dismiss, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("incarnation",)
@@ -66,10 +62,14 @@ class Welcome(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ...) -> None: ...
 
 class StartEngine(_message.Message):
-    __slots__ = ("start_json",)
+    __slots__ = ("start_json", "port", "key")
     START_JSON_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
     start_json: str
-    def __init__(self, start_json: _Optional[str] = ...) -> None: ...
+    port: int
+    key: str
+    def __init__(self, start_json: _Optional[str] = ..., port: _Optional[int] = ..., key: _Optional[str] = ...) -> None: ...
 
 class Dismiss(_message.Message):
     __slots__ = ("reason",)

@@ -322,6 +322,7 @@ def test_attaching_cancelling_and_finishing():
 
         stopped: list[int] = []
         entry_of_stopped = c.submit(Request("stopped", [1], forever), until_ten)
+        await r.until(lambda: len(stopped) == 10)
         await r.finish()
         assert [e.token for e in late] == tokens(0, 300) and stopped == tokens(5, 10) and len(seen) == count
         assert not c.router._listeners and not c._recoveries._last

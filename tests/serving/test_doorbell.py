@@ -1,4 +1,4 @@
-"""Parking, waking and changing epochs, without processes: `n` ranks that follow Engine's rules and obey EngineLoop's commands.
+"""Parking, waking and changing epochs, without processes: `n` ranks that follow Engine's rules and obey EngineLoop.
 
 What stands in for the device is only the agreement: when all ranks are inside a step they leave it with the greatest
 level wished and the fewest bells and the oldest epoch heard of. When messages arrive, and who moves next, is drawn at

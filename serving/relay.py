@@ -1,0 +1,79 @@
+"""What passes frames between an engine and the coordinator, in the supervisor's process and unread.
+
+Two threads that block in the kernel: a step's tokens cost one `recv` and one `send` here, and an engine that is behind
+holds up nobody but itself. The engine has a Unix socket, as it must; whatever TCP there is ends here. Only whole frames
+are passed on, so that either end may be replaced between two of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable
+
+from serving.channel import whole_frames
+
+_CONNECT = 10.0  # seconds
+_RECEIVE = 1 << 18
+
+
+class Relay:
+    def __init__(
+        self, engine: int, first: bytes, address: tuple[str, int], greeting: bytes, ended: Callable[[], None]
+    ) -> None:
+        """engine: file descriptor of the supervisor's end of its channel, duplicated. first: frames for it.
+
+        greeting: what the coordinator at `address` is told first. ended: called in a thread, once, when the engine's
+        end has been closed; that of the coordinator makes no difference, for it has other means to be missed.
+        """
+        self._engine = socket.socket(fileno=os.dup(engine))
+        self._coordinator: socket.socket | None = None
+        self._closed, self._ended = False, ended
+        self._up = threading.Thread(target=self._run, args=(first, address, greeting), name="relay", daemon=True)
+        self._up.start()
+
+    def close(self) -> None:
+        """Both ends see it. `ended` is not called any more."""
+        self._closed = True
+        ends = [end for end in (self._engine, self._coordinator) if end is not None]
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._up.join(1.0)
+        for end in ends:
+            end.close()
+
+    def _run(self, first: bytes, address: tuple[str, int], greeting: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self._engine.sendall(first)
+            self._coordinator = coordinator = socket.create_connection(address, _CONNECT)
+            coordinator.settimeout(None)
+            coordinator.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            coordinator.sendall(greeting)
+            threading.Thread(target=_pass, args=(coordinator, self._engine), name="relay-down", daemon=True).start()
+            _pass(self._engine, coordinator)
+        _wait_for_end(self._engine)
+        if not self._closed:
+            self._ended()
+
+
+def _pass(source: socket.socket, target: socket.socket) -> None:
+    """Until either end is no more."""
+    rest = bytearray()
+    with contextlib.suppress(OSError, ValueError):
+        while data := source.recv(_RECEIVE):
+            rest += data
+            size = whole_frames(rest)
+            if size:
+                target.sendall(memoryview(rest)[:size])
+                rest = rest[size:]
+
+
+def _wait_for_end(sock: socket.socket) -> None:
+    """Read nothing, and return when the other end has been closed."""
+    poller = select.poll()
+    poller.register(sock, select.POLLRDHUP)
+    poller.poll()
