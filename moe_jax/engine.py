@@ -158,7 +158,8 @@ class Engine:
                     self._set_slot(i, layer, slot, self._read(layer, expert))
 
     def _changes(self, slots: np.ndarray) -> list[tuple[int, int, int]]:
-        return [tuple(at) for at in np.argwhere((slots != self.slots) & (slots >= 0)).tolist()]
+        layers, ranks, places = np.nonzero((slots != self.slots) & (slots >= 0))
+        return list(zip(layers.tolist(), ranks.tolist(), places.tolist(), strict=True))
 
     def _read(self, layer: int, expert: int) -> dict[str, np.ndarray]:
         arrays = load_slots(self.checkpoint, [(layer, expert)], self.config.dtype)

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import jax
-import jaxlib
+import jaxlib.version
 
 from moe_jax.distributed import program_flags
 
@@ -38,7 +38,7 @@ def source_digest() -> str:
 
 def key(kind: str, *parts: object) -> str:
     """The name of an entry for a kind of device. `parts` must have a repr that says all there is."""
-    fixed = (jax.__version__, jaxlib.__version__, kind, program_flags(kind), source_digest())
+    fixed = (jax.__version__, jaxlib.version.__version__, kind, program_flags(kind), source_digest())
     return hashlib.sha256(repr((fixed, parts)).encode()).hexdigest()[:40]
 
 

@@ -31,6 +31,7 @@ class Cluster:
     repairs: Repairs | None = None
     service: str = "serving.jax_service"  # modules; tests have others
     engine: str = "serving.engine_process"
+    service_host: str = "127.0.0.1"  # of this machine, as engines on others can reach it
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
 

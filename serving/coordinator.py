@@ -335,7 +335,9 @@ class Coordinator:
     def _start_service(self, generation: int, nodes: tuple[int, ...]) -> None:
         self._nodes[generation] = nodes
         try:
-            service = ServiceProcess(generation, len(nodes), self.cluster.service, self.cluster.environ, self)
+            cluster = self.cluster
+            module, host = cluster.service, cluster.service_host
+            service = ServiceProcess(generation, len(nodes), module, host, cluster.environ, self)
         except OSError as e:
             log.error("JAX service: cannot be started: %s", e)
             return self._do(self._membership.service_lost(generation, time.monotonic()))
@@ -478,6 +480,8 @@ class Coordinator:
             rank["pid"] = None if known is None else known.engine_pid
             rank["supervisor_pid"] = None if known is None else known.pid
             rank["device"] = None if known is None else known.device
+            # Sizes of meshes whose programs its engine has at hand.
+            rank["programs"] = [] if known is None else known.answers.get("programs", {}).get("sizes", [])
         live = [r["rank"] for r in status["ranks"] if r["state"] == "live"]
         return {
             **status,

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from moe_jax.distributed import cut_collectives, live_nodes
-from moe_jax.engine import Engine, ScoreJob
+from moe_jax.engine import Engine, Experts, ScoreJob
 from moe_jax.executables import compilations
 from moe_jax.mesh import ExpertMesh
 from serving.channel import Message
@@ -52,7 +52,7 @@ class EngineLoop:
         """client and service: of the JAX service, and its address. `send` as Outbox.send."""
         self.engine, self.rank, self._client, self._service, self._send = engine, rank, client, service, send
         self._scores: dict[int, ScoreJob] = {}
-        self._fetched: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+        self._fetched: Experts = {}
         self._epoch: dict[str, Any] | None = None  # announced, and not yet entered
         self._aborted = 0  # epochs up to this one are over
         self._inside = 0  # the epoch in whose collectives the main thread is

@@ -46,6 +46,7 @@ class FrameServer:
         if self._listening is not None:
             asyncio.get_running_loop().remove_reader(self._listening)
             self._listening.close()
+            self._listening = None
         for task in self._tasks:
             task.cancel()
 

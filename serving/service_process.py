@@ -33,13 +33,14 @@ class ServiceProcess:
     """Belongs to the running event loop."""
 
     def __init__(
-        self, generation: int, num_nodes: int, module: str, environ: Mapping[str, str], events: ServiceEvents
+        self, generation: int, num_nodes: int, module: str, host: str, environ: Mapping[str, str], events: ServiceEvents
     ) -> None:
+        """It listens at `host`. Raises OSError if it cannot be started."""
         self.generation, self.num_nodes = generation, num_nodes
         self.address: str | None = None
         self._events, self._decoder = events, Decoder()
         environ = with_packages({**environ, "JAX_PLATFORMS": "cpu"})
-        self._child = Child(f"JAX service {generation}", module, ["{fd}", str(num_nodes)], environ)
+        self._child = Child(f"JAX service {generation}", module, ["{fd}", str(num_nodes), host], environ)
         self._pipe = Pipe(self._child.channel.fileno(), self._received, lambda: self._fail("ended"))
         self._child.channel.close()  # the pipe has it now
         self._asked: deque[float] = deque()  # when, of what is not yet answered

@@ -32,7 +32,7 @@ from serving.protos import cluster_pb2 as pb
 from serving.protos import cluster_pb2_grpc as rpc
 from serving.relay import Relay
 
-PROTOCOL = "1"  # of what is said on the stream; the coordinator dismisses any other
+PROTOCOL = "2"  # of what is said on the stream; the coordinator dismisses any other
 DISMISSED = 75  # EX_TEMPFAIL of sysexits.h: start it again
 HEARTBEAT = 0.2  # seconds
 GRPC_OPTIONS = (  # of both ends

@@ -53,6 +53,7 @@ class WorkerStream:
     def start_engine(self, generation: int, start: dict[str, Any]) -> None:
         """Nothing more is heard of the engine that it has."""
         self.disconnect()
+        self.answers.clear()
         self.generation, self.engine_pid, self.steps, self.error, self.told = generation, None, 0, None, None
         self._key = self._frames.expect(self._connected)
         engine = pb.StartEngine(start_json=json.dumps(start), port=self._frames.port, key=self._key)

@@ -97,7 +97,7 @@ def test_modules_fit_together():
     again = inference_pb2.GenerateRequest.FromString(request.SerializeToString())
     assert again.WhichOneof("input") == "token_ids" and again.params.seed == 2**64 - 1
     assert again.params.HasField("seed") and not again.params.HasField("max_tokens")
-    message = cluster_pb2.WorkerMessage(frame=b"x")
-    assert message.WhichOneof("kind") == "frame"
+    message = cluster_pb2.WorkerMessage(ended=cluster_pb2.EngineEnded(reason="x"))
+    assert message.WhichOneof("kind") == "ended"
     assert all(hasattr(inference_pb2_grpc, f"{name}Stub") for name in ("Inference", "Admin"))
     assert hasattr(cluster_pb2_grpc, "add_ClusterServicer_to_server")
