@@ -440,6 +440,16 @@ class Cluster:
             await asyncio.sleep(look)
         return status
 
+    async def until_settled(self, seconds: float, what: str) -> dict[str, Any]:
+        """Until all ranks serve and the epoch has not changed for a second: what has been announced has happened."""
+        deadline = time.monotonic() + seconds
+        while True:
+            before = await self.until(is_whole, deadline - time.monotonic(), what)
+            await asyncio.sleep(1.0)
+            status = await self.status()
+            if is_whole(status) and status["epoch"] == before["epoch"]:
+                return status
+
     async def processes(self) -> dict[str, int]:
         """Process ids by role."""
         status = await self.status()
@@ -473,13 +483,8 @@ class Cluster:
 
 
 def is_whole(status: dict[str, Any]) -> bool:
-    """All ranks serve, and tokens have come since the last change. Only while there is traffic."""
-    changes = [change for change in (*status["recoveries"], *status["switches"]) if change["cause"] != "start"]
-    return (
-        status["state"] == "SERVING"
-        and all(rank["state"] == "live" for rank in status["ranks"])
-        and all(change["resume_ms"] is not None for change in changes if change["epoch"] == status["epoch"])
-    )
+    """All ranks serve, or have been told to."""
+    return status["state"] == "SERVING" and all(rank["state"] == "live" for rank in status["ranks"])
 
 
 def summary(status: dict[str, Any]) -> str:

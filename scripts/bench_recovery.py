@@ -46,7 +46,7 @@ async def kill_host(cluster: Cluster, host: str) -> None:
 
 async def kill_and_return(cluster: Cluster, traffic: Traffic, host: str) -> dict[str, Any]:
     """How long clients waited for the survivors, and for the host that came back; with the records of the status."""
-    before = await cluster.until(is_whole, WHOLE, "before the kill")
+    before = await cluster.until_settled(WHOLE, "before the kill")
     traffic.clear()
     begun = time.monotonic()
     await kill_host(cluster, host)
@@ -70,7 +70,7 @@ async def kill_and_return(cluster: Cluster, traffic: Traffic, host: str) -> dict
 
 async def restart(cluster: Cluster, traffic: Traffic) -> float:
     """Kill everything and start it again; its clients ask again. Milliseconds without a token."""
-    await cluster.until(is_whole, WHOLE, "before the restart")
+    await cluster.until_settled(WHOLE, "before the restart")
     await cluster.kill()
     last = traffic.last
     await cluster.start()
@@ -130,7 +130,7 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
         traffic.start()
         await asyncio.sleep(5.0)
         for i in range(args.kills):
-            await asyncio.sleep(draw.uniform(0.5, 1.5))
+            await asyncio.sleep(draw.uniform(0.0, 0.5))
             kill = await kill_and_return(cluster, traffic, f"host{draw.randrange(shape.hosts)}")
             kills.append(kill)
             say(

@@ -207,8 +207,8 @@ class Chaos:
         """`fault` returns what it did, in words."""
         event = Event(len(self.events) + 1, name)
         self.events.append(event)
-        status = before = await self.whole("before the fault")
-        await asyncio.sleep(self.random.uniform(0.2, 1.0))
+        status = before = await self.cluster.until_settled(WHOLE, "before the fault")
+        await asyncio.sleep(self.random.uniform(0.0, 0.5))
         self.traffic.clear()
         begun, served = time.monotonic(), None
         epoch, incarnations = before["epoch"], _incarnations(before)

@@ -38,7 +38,6 @@ _CUT_EVERY = 0.01  # seconds; sockets may still be opening while they are shut
 _CUT_FOR = 2.0  # seconds; leaving takes some hundredths
 _BARRIER = 60.0  # seconds; the coordinator gives up on this rank before that
 _TICK = 0.002
-_PREPARE_NICE = 10
 
 
 class Aborted(RuntimeError):
@@ -187,9 +186,11 @@ class EngineLoop:
             threading.Thread(target=self._prepare, args=(body,), name=f"prepare-{number}", daemon=True).start()
 
     def _prepare(self, body: dict[str, Any]) -> None:
-        """Make the meshes ready that this epoch's losses would leave, in the background, until it is over."""
+        """Make the meshes ready that this epoch's losses would leave, in the background, until it is over.
+
+        At no lower priority: on a busy machine such a thread would keep the interpreter's lock while it waits its turn.
+        """
         engine = self.engine
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _PREPARE_NICE)
         ahead = [(_mesh(nodes), order) for order, nodes in body.get("ahead", ()) if self.rank in order]
         own = engine.own.devices
         if engine.mesh is None:
