@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import socket
+import sys
 import threading
 from collections.abc import Callable
 
@@ -49,15 +50,24 @@ class Relay:
     def _run(self, first: bytes, address: tuple[str, int], greeting: bytes) -> None:
         with contextlib.suppress(OSError):
             self._engine.sendall(first)
-            self._coordinator = coordinator = socket.create_connection(address, _CONNECT)
-            coordinator.settimeout(None)
-            coordinator.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._coordinator = coordinator = _connect(address)
             coordinator.sendall(greeting)
             threading.Thread(target=_pass, args=(coordinator, self._engine), name="relay-down", daemon=True).start()
             _pass(self._engine, coordinator)
         _wait_for_end(self._engine)
         if not self._closed:
             self._ended()
+
+
+def _connect(address: tuple[str, int]) -> socket.socket:
+    try:
+        sock = socket.create_connection(address, _CONNECT)
+    except OSError as e:
+        print(f"coordinator: port {address[1]} of {address[0]}, for frames: {e}", file=sys.stderr, flush=True)
+        raise
+    sock.settimeout(None)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
 
 
 def _pass(source: socket.socket, target: socket.socket) -> None:

@@ -107,7 +107,7 @@ class ServiceProcess:
                 case "forgot":
                     self._asked.popleft()
                 case "error":
-                    self._fail(message.body["message"])
+                    return self._fail(message.body["message"])
 
     def _fail(self, reason: str) -> None:
         if self._child.process.returncode is None:

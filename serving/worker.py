@@ -100,13 +100,14 @@ class Supervisor:
 
     async def _stay_connected(self) -> None:
         """One stream after the other. The engine outlives a stream, so that another coordinator could take it over."""
-        pause, heard = _RETRY[0], time.monotonic()
+        pause, since = _RETRY[0], time.monotonic()  # without a coordinator
         while True:
+            heard = False
             try:
                 async with grpc.aio.insecure_channel(self.options.coordinator, options=GRPC_OPTIONS) as channel:
                     call = rpc.ClusterStub(channel).Control()
                     async for message in self._messages(call):
-                        pause, heard = _RETRY[0], time.monotonic()
+                        heard = True
                         self._obey(message)
             except grpc.aio.AioRpcError as e:
                 error = e.details()
@@ -114,7 +115,9 @@ class Supervisor:
                 error = "it closed the stream"
             if self._failed:
                 return self._exit(1)
-            if time.monotonic() - heard > self.options.patience:
+            if heard:
+                pause, since = _RETRY[0], time.monotonic()
+            if time.monotonic() - since > self.options.patience:
                 _say(f"coordinator {self.options.coordinator}: not reached for {self.options.patience:g} s: {error}")
                 self._exit(1)
             await asyncio.sleep(pause)

@@ -128,7 +128,7 @@ def test_two_hosts_at_once():
         await r.serving(after=epoch + 1)
         assert r.status()["recoveries"][0]["lost"] == [0, 3]  # one epoch for both
 
-    run(scenario, fake_cluster(FOUR, slots=6, replication=3, fake={"step": 0.005}))
+    run(scenario, fake_cluster(FOUR, slots=6, replication=3, fake={"step": 0.005}, window_s=0.3))
 
 
 def test_a_host_of_two_ranks():
@@ -141,7 +141,7 @@ def test_a_host_of_two_ranks():
         assert r.status()["recoveries"][0]["lost"] == [2, 3]
         assert r.status()["experts"]["missing"] == 0
 
-    run(scenario, fake_cluster(PAIRS, slots=3, fake={"step": 0.005}))
+    run(scenario, fake_cluster(PAIRS, slots=3, fake={"step": 0.005}, window_s=0.3))
 
 
 def test_another_while_recovering_and_another_while_joining():
