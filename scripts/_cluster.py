@@ -499,7 +499,7 @@ def worker_command(coordinator: str, rank: int, host: str) -> list[str]:
 
 
 def run(main: Coroutine[Any, Any, Any]) -> Any:
-    """asyncio.run, which SIGTERM ends as Ctrl-C does: by way of what `main` has to clean up."""
+    """asyncio.run, which SIGTERM ends as Ctrl-C does: by way of what `main` has to clean up, with exit code 130."""
 
     async def guarded() -> Any:
         task = asyncio.current_task()
@@ -507,4 +507,7 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         return await main
 
-    return asyncio.run(guarded())
+    try:
+        return asyncio.run(guarded())
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        sys.exit(130)

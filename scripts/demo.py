@@ -33,10 +33,12 @@ PROMPTS = [
 PHASES = {
     "detect": "the host's connection breaks, or its heartbeats stop",
     "fence": "it is shut out of the mesh, and the others' collectives are aborted",
-    "agree": "the survivors are numbered as a new epoch, which is announced; they meet",
+    "fail": "the survivors get out of these",
+    "agree": "the survivors become a numbered epoch, are told, and meet",
     "load": "experts are loaded that nobody holds any more",
-    "rebuild": "the same arrays are labelled as parts of a smaller mesh, with programs compiled before",
-    "resume": "to the first token, with lost requests prefilled elsewhere",
+    "rebuild": "the same arrays become parts of a smaller mesh",
+    "first_step": "with programs that were compiled before",
+    "resume": "until the first token, for lost requests after a prefill elsewhere",
 }
 RETURN = 120.0  # seconds that a killed host may take to come back
 COLOURS = {"live": "green", "joining": "yellow", "lost": "red"}
@@ -151,45 +153,55 @@ def _shown(streams: Streams, i: int) -> Text:
     return Text.assemble((label(PROMPTS[i]), "bold"), between, " ".join(streams.texts[i].split(" ")))
 
 
-def serve_and_kill(llm: LLM, params: SamplingParams, console: Console, victim: str, at: int) -> tuple[Streams, float]:
-    """Stream all prompts, and kill a host once `at` tokens are there. Also the time of the kill, by perf_counter."""
-    hosts, killed = Hosts(llm), 0.0
+@dataclass
+class Loss:
+    """A host that was killed. Times as perf_counter."""
+
+    host: str
+    at: float = 0.0  # 0: not yet
+    back: float = 0.0
+
+    def look(self, hosts: Hosts) -> None:
+        status = hosts.status()
+        if self.at and not self.back and all(rank["state"] == "live" for rank in status["ranks"]):
+            self.back = time.perf_counter() if status["state"] == "SERVING" else 0.0
+
+
+def serve_and_kill(llm: LLM, params: SamplingParams, console: Console, loss: Loss, after: int) -> Streams:
+    """Stream all prompts, and kill the host once `after` tokens are there."""
+    hosts = Hosts(llm)
     with Screen(console, hosts) as screen:
 
         def look(streams: Streams, ended: list[int]) -> None:
-            nonlocal killed
             screen.show(streams, ended)
-            if not killed and streams.count >= at:
-                killed = time.perf_counter()
-                pids = hosts.kill(victim)
-                screen.say(f"kill -9 {' '.join(map(str, pids))}: {victim} is gone, after {streams.count} tokens\n")
+            if not loss.at and streams.count >= after:
+                pids, loss.at = hosts.kill(loss.host), time.perf_counter()
+                screen.say(f"kill -9 {' '.join(map(str, pids))}: {loss.host} is gone, after {streams.count} tokens\n")
+            loss.look(hosts)
 
-        return serve(llm, params, look), killed
+        return serve(llm, params, look)
 
 
 def timeline(recovery: dict[str, Any], streams: Streams) -> Table:
-    table = Table(
-        "", "ms", "", title=f"From epoch {recovery['epoch'] - 1} to {recovery['epoch']}", title_justify="left"
-    )
+    table = Table("", "ms", "", title=f"Epoch {recovery['epoch']}, without the lost host", title_justify="left")
     for phase, meaning in PHASES.items():
-        ms = recovery[f"{phase}_ms"]
-        table.add_row(phase, "" if ms is None else f"{ms:.1f}", meaning)
+        ms = recovery.get(f"{phase}_ms")
+        if ms is not None:
+            table.add_row(phase.replace("_", " "), f"{ms:.1f}", meaning)
     table.add_section()
     table.add_row("pause", f"{1e3 * streams.pause:.0f}", "the longest between two tokens of a stream, as read here")
     table.columns[1].justify = "right"
     return table
 
 
-def wait_for(hosts: Hosts, victim: str) -> dict[str, Any]:
+def wait_for(hosts: Hosts, loss: Loss) -> dict[str, Any]:
     """The status once the host is back. Raises TimeoutError."""
-    deadline = time.monotonic() + RETURN
-    while True:
-        status = hosts.status()
-        if status["state"] == "SERVING" and all(r["state"] == "live" for r in status["ranks"]):
-            return status
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{victim} is not back after {RETURN:g} s; the cluster is {status['state']}")
+    while not loss.back:
+        if time.perf_counter() - loss.at > RETURN:
+            raise TimeoutError(f"{loss.host} is not back after {RETURN:g} s; {hosts.describe()}")
         time.sleep(0.02)
+        loss.look(hosts)
+    return hosts.status()
 
 
 def main() -> int:
@@ -203,7 +215,7 @@ def main() -> int:
         parser.error(f"--hosts: found {args.hosts}, expected at least 2, since one is killed")
     if args.kill is not None and not 0 <= args.kill < args.hosts:
         parser.error(f"--kill: found {args.kill}, expected 0 to {args.hosts - 1}")
-    victim = f"host{args.hosts // 2 if args.kill is None else args.kill}"
+    loss = Loss(f"host{args.hosts // 2 if args.kill is None else args.kill}")
 
     console = Console()
     console.print(f"Starting {args.hosts} hosts. The first start compiles; later ones find the programs kept.")
@@ -219,18 +231,18 @@ def main() -> int:
         console.print(
             f"{len(PROMPTS)} prompts undisturbed: {expected.count} tokens in {seconds:.1f} s, "
             f"{expected.count / seconds:.0f} tokens/s\n"
-            f"The same once more, and {victim} will be killed:\n",
+            f"The same once more, and {loss.host} will be killed:\n",
             highlight=False,
         )
-        streams, killed = serve_and_kill(llm, params, console, victim, expected.count // 3)
+        streams = serve_and_kill(llm, params, console, loss, expected.count // 3)
         recovery = next(r for r in hosts.status()["recoveries"] if r["lost"])
         console.print(timeline(recovery, streams), highlight=False)
 
-        status = wait_for(hosts, victim)
-        pids = [r["pid"] for r in status["ranks"] if r["host"] == victim]
+        status = wait_for(hosts, loss)
+        pids = [rank["pid"] for rank in status["ranks"] if rank["host"] == loss.host]
         console.print(
-            f"{victim} is back {time.perf_counter() - killed:.1f} s after the kill or sooner: process "
-            f"{' '.join(map(str, pids))}, epoch {status['epoch']}, {status['experts']['missing']} experts missing",
+            f"{loss.host} is back, {loss.back - loss.at:.1f} s after the kill: process {' '.join(map(str, pids))}, "
+            f"epoch {status['epoch']}, {status['experts']['missing']} experts missing",
             highlight=False,
         )
         same = sum(a == b for a, b in zip(streams.tokens, expected.tokens, strict=True))

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,12 @@ def prepare(options: Options) -> tuple[Cluster, ModelConfig]:
     cluster, model, _ = make_cluster(
         options.model, labels, options.platform, options.load_format, cache, _STARTUP, **options.engine
     )
-    return cluster, model
+    if options.workers:
+        return cluster, model
+    host = options.address.rpartition(":")[0]
+    if host in ("", "0.0.0.0", "[::]"):
+        raise ValueError(f"address: found host {host!r}, expected one that workers on other machines can reach")
+    return replace(cluster, service_host=host), model
 
 
 class Server:
