@@ -158,13 +158,14 @@ class Loss:
     """A host that was killed. Times as perf_counter."""
 
     host: str
+    pids: list[int] = field(default_factory=list)
     at: float = 0.0  # 0: not yet
     back: float = 0.0
 
     def look(self, hosts: Hosts) -> None:
-        status = hosts.status()
-        if self.at and not self.back and all(rank["state"] == "live" for rank in status["ranks"]):
-            self.back = time.perf_counter() if status["state"] == "SERVING" else 0.0
+        own = [rank for rank in hosts.status()["ranks"] if rank["host"] == self.host]
+        if self.at and not self.back and all(r["state"] == "live" and r["pid"] not in self.pids for r in own):
+            self.back = time.perf_counter()
 
 
 def serve_and_kill(llm: LLM, params: SamplingParams, console: Console, loss: Loss, after: int) -> Streams:
@@ -175,8 +176,10 @@ def serve_and_kill(llm: LLM, params: SamplingParams, console: Console, loss: Los
         def look(streams: Streams, ended: list[int]) -> None:
             screen.show(streams, ended)
             if not loss.at and streams.count >= after:
-                pids, loss.at = hosts.kill(loss.host), time.perf_counter()
-                screen.say(f"kill -9 {' '.join(map(str, pids))}: {loss.host} is gone, after {streams.count} tokens\n")
+                loss.pids, loss.at = hosts.kill(loss.host), time.perf_counter()
+                screen.say(
+                    f"kill -9 {' '.join(map(str, loss.pids))}: {loss.host} is gone, after {streams.count} tokens\n"
+                )
             loss.look(hosts)
 
         return serve(llm, params, look)

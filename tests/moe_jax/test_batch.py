@@ -494,7 +494,8 @@ def test_two_runs_do_not_share_an_output(tmp_path: Path) -> None:
 
 
 DRIVER = """
-    import sys
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     sys.path[:0] = [{root!r}, {tests!r}]
     from test_batch import ToyLLM
     from serving.cli import main

@@ -358,7 +358,7 @@ class World:
         if not service.alive or service.stopped:
             return
         engine = service.came.get(action.node)
-        assert engine is None or engine.incarnation == action.incarnation, "the fence hit a newer engine"
+        assert engine is None or engine.incarnation <= action.incarnation, "the fence hit a newer engine"
         service.came[action.node] = None
         self.tell(self.fenced, action, key)
 
