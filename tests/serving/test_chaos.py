@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]  # on a new machine 20 programs are compiled first
+# On a new machine 20 programs are compiled first.
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--max-batch", "16", "--streams", "8", "--jobs", "16", "--tokens", "60", "100", "--quiet", "2"]

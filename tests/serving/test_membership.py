@@ -441,12 +441,14 @@ class World:
     # A worker
 
     def launch(self, rank, twice=False):
-        known = [*self.by_incarnation.values(), *self.processes.values()]
-        if rank in self.gone or (not twice and any(p.rank == rank and p.alive for p in known)):
+        if rank in self.gone or (not twice and any(p.alive for p in self.known_of(rank))):
             return
         self.processes[rank] = process = Process(rank)
         self.upward(process, self.hello, process)
         self.after(0.3 * self.rng.random(), self.beat, process)
+
+    def known_of(self, rank):
+        return [p for p in (*self.by_incarnation.values(), *self.processes.values()) if p.rank == rank]
 
     def beat(self, process):
         if process.alive:
@@ -684,7 +686,8 @@ class World:
             case "rank leaves":
                 if process:
                     self.gone.add(process.rank)
-                    self.end_process(process)
+                    for other in self.known_of(process.rank):
+                        self.end_process(other)
 
     def kill_host(self, host):
         processes = [p for p in self.processes.values() if p.alive and self.rules.hosts[p.rank] == host]
@@ -1279,6 +1282,14 @@ def test_orders_run_out(orders):
         assert play.seen(StartService) == [StartService(2, (0, 1))]
     else:
         assert seen == [(0, 1), (0,)] * 4 + [(0, 1)]
+
+
+def test_orders_of_the_meshes_ahead():
+    play = Play(ranks=4, per_host=2, size=3)
+    assert play.machine.ahead() == [(2, 3), (0, 1)]
+    play.kill(0, 1)
+    play.wait(0.1)
+    assert play.enter().order == (2, 3) and play.machine.ahead() == []
 
 
 def test_service_lost():
