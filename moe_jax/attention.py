@@ -12,6 +12,7 @@ Each query row visits the pages before it in order, and itself last, with arithm
 decode step: what is masked out adds exact zeros. Online softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -104,15 +105,19 @@ def attend(
     tile: int | None,
     row_tile: int,
     prefill: bool,
+    static: bool = False,
 ) -> jax.Array:
     """q [T, heads, key_dim] scaled, new k [T, kv_heads, key_dim], v [T, kv_heads, value_dim] or absent, position [T].
 
-    Returns [T, heads, value_dim] in q's dtype. Rows of no entry come out finite. `tile` is that of `map_tiles`.
+    Returns [T, heads, value_dim] in q's dtype. Rows of no entry come out finite. `tile` and `static` are those of
+    `map_tiles`; static, every row visits as many pages as a sequence can have, and sees nothing in those that are not
+    its own.
     """
     rows, heads, key_dim = q.shape
     page_size, kv_heads = cache["k"].shape[-1], cache["k"].shape[2]
     groups = heads // kv_heads
     within = jnp.arange(page_size)
+    max_pages, entries = e.tables.shape[1], e.tables.shape[0]
     n = DECODE_ROWS
     grouped = q.reshape(rows, kv_heads, groups, key_dim)
 
@@ -138,7 +143,8 @@ def attend(
             v = [values(k[r], tables[r, p]) for r in range(n)]
             return _visit(state, rows_q, k, v, p * page_size + within, own[:, None])
 
-        return lax.fori_loop(0, (own.max() + page_size - 1) // page_size, page, start_state(n, groups))
+        pages = max_pages if static else (own.max() + page_size - 1) // page_size
+        return lax.fori_loop(0, pages, page, start_state(n, groups))
 
     def padded(x: jax.Array) -> jax.Array:  # so that a page's worth may be cut anywhere around an entry's rows
         return jnp.pad(x, ((page_size, page_size), (0, 0), (0, 0)))
@@ -164,7 +170,10 @@ def attend(
                 v = jnp.where((j >= start)[:, None], lax.dynamic_slice_in_dim(new_v, at, page_size, 1), v)
             return _visit(state, tile_q, [k], [v], j, own)
 
-        state = lax.fori_loop(0, start // page_size, old_page, start_state(1, groups * row_tile))
+        state = start_state(1, groups * row_tile)
+        if static:
+            return lax.fori_loop(0, max_pages, mixed_page, state)
+        state = lax.fori_loop(0, start // page_size, old_page, state)
         return lax.fori_loop(start // page_size, (own.max() + page_size - 1) // page_size, mixed_page, state)
 
     def keep(seen: _State, state: _State, at: jax.Array) -> _State:
@@ -177,7 +186,8 @@ def attend(
 
     shape = (rows, kv_heads, groups)
     seen = _State(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
-    seen = lax.fori_loop(0, (e.num_decode + n - 1) // n, lambda i, seen: keep(seen, seen_by_rows(i), i * n), seen)
+    some = entries // n if static else (e.num_decode + n - 1) // n
+    seen = lax.fori_loop(0, some, lambda i, seen: keep(seen, seen_by_rows(i), i * n), seen)
     if prefill:
         new_k = padded(new["k"]).transpose(1, 2, 0)  # [kv_heads, key_dim, P + T + P]
         new_v = padded(new["v"]).swapaxes(0, 1) if "v" in new else None
@@ -186,9 +196,15 @@ def attend(
         def one_tile(i: jax.Array, seen: _State) -> _State:
             return keep(seen, jax.tree.map(by_row, seen_by_tile(i)), i * row_tile)
 
-        seen = lax.fori_loop(first, e.num_tiles, one_tile, seen)
+        def any_tile(i: jax.Array, seen: _State) -> _State:
+            return jax.tree.map(partial(jnp.where, i >= first), one_tile(i, seen), seen)
+
+        if static:
+            seen = lax.fori_loop(0, rows // row_tile, any_tile, seen)
+        else:
+            seen = lax.fori_loop(first, e.num_tiles, one_tile, seen)
     own_v = new["v"] if "v" in new else new["k"][..., :value_dim]
-    out = map_tiles(_finish, tile, e.num_tiles, *seen, grouped, new["k"][:, :, None], own_v[:, :, None])
+    out = map_tiles(_finish, tile, e.num_tiles, *seen, grouped, new["k"][:, :, None], own_v[:, :, None], static=static)
     return out.reshape(rows, heads, value_dim)
 
 

@@ -142,6 +142,7 @@ class Executables:
             bucket.prefill,
             e.deterministic,
             e.kernels == "reference",
+            static=self.kind != "cpu",
         )
 
     def step(self, bucket: Bucket, mesh: ExpertMesh) -> Any:

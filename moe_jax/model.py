@@ -5,6 +5,7 @@ the fields of ModelConfig; there is one body. Layers are scanned, so compile tim
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ class Run:
     prefill: bool
     deterministic: bool
     reference: bool = False  # plain JAX where there is a kernel
+    static: bool = False  # loops of fixed length only: a GPU's host thread must never wait inside the step
 
     @property
     def tile(self) -> int | None:
@@ -42,7 +44,7 @@ class Run:
         return self.row_tile if self.deterministic else None
 
     def tiles(self, f: Any, count: jax.Array, *rows: Any) -> Any:
-        return map_tiles(f, self.tile, count, *rows)
+        return map_tiles(f, self.tile, count, *rows, static=self.static)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -125,7 +127,7 @@ def layer(
     qkv = project_latent if c.latent else project
     q, new = run.tiles(lambda x, turn: qkv(c, p, x, turn), e.num_tiles, x, turn)
     value_dim = c.latent.kv_rank if c.latent else c.head_dim
-    a = attend(q, new, cache, index, position, e, value_dim, run.tile, run.row_tile, run.prefill)
+    a = attend(q, new, cache, index, position, e, value_dim, run.tile, run.row_tile, run.prefill, run.static)
 
     def after_attention(x: jax.Array, a: jax.Array) -> Any:
         if c.latent:
@@ -153,7 +155,7 @@ def layer(
         run.dispatch,
         run.expert_tile,
         spread=run.prefill,
-        ffn=expert_ffn_reference if run.reference else expert_ffn,
+        ffn=expert_ffn_reference if run.reference else partial(expert_ffn, static=run.static),
         deterministic=run.deterministic,
     )
     return x + y, new

@@ -1,11 +1,13 @@
 """The engine as a whole: nothing is compiled while serving, and nobody is forgotten."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moe_jax.executables import Program, compilations
+from moe_jax.executables import Executables, Program, compilations
+from moe_jax.programs import ProgramStore
 from tests.engines import make_engine, request, run
 
 
@@ -39,6 +41,21 @@ def test_nothing_is_compiled_while_serving(ranks: int) -> None:
             found[event.request_id] = found.get(event.request_id, 0) + 1
     assert found == expected
     assert compilations.count == before
+
+
+def test_loops_of_fixed_length_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU runs, for its host thread must not wait for the length of a loop inside the step."""
+    requests = [request(f"r{i}", [7 + i] * n, 3, logprobs=3) for i, n in enumerate((5, 30, 70))]
+    expected = make_engine(ranks=2)
+    tokens = run(expected, requests)
+    dynamic = Executables.run
+    monkeypatch.setattr(Executables, "run", lambda *args: replace(dynamic(*args), static=True))
+    monkeypatch.setattr("tests.engines.PROGRAMS", ProgramStore(None))
+    engine = make_engine(ranks=2, warm_up=False)
+    assert run(engine, requests) == tokens
+    assert engine.logits.keys() == expected.logits.keys()
+    for key, logits in engine.logits.items():
+        np.testing.assert_array_equal(logits, expected.logits[key])
 
 
 def test_a_failed_step_changes_nothing() -> None:

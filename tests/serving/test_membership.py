@@ -159,6 +159,7 @@ class World:
         self.faulty = True  # faults may still happen
         self.stalled_until, self.backlog = 0.0, []
         self.processes = {}  # rank → the latest
+        self.launched: list[Process] = []  # all of them, those too that have not registered
         self.streams = {}  # rank → the process that said hello last
         self.by_incarnation = {}  # incarnation → Process
         self.engines = {}  # incarnation → Engine
@@ -444,11 +445,12 @@ class World:
         if rank in self.gone or (not twice and any(p.alive for p in self.known_of(rank))):
             return
         self.processes[rank] = process = Process(rank)
+        self.launched.append(process)
         self.upward(process, self.hello, process)
         self.after(0.3 * self.rng.random(), self.beat, process)
 
     def known_of(self, rank):
-        return [p for p in (*self.by_incarnation.values(), *self.processes.values()) if p.rank == rank]
+        return [p for p in self.launched if p.rank == rank]
 
     def beat(self, process):
         if process.alive:
