@@ -12,7 +12,6 @@ Each query row visits the pages before it in order, and itself last, with arithm
 decode step: what is masked out adds exact zeros. Online softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -105,19 +104,15 @@ def attend(
     tile: int | None,
     row_tile: int,
     prefill: bool,
-    static: bool = False,
 ) -> jax.Array:
     """q [T, heads, key_dim] scaled, new k [T, kv_heads, key_dim], v [T, kv_heads, value_dim] or absent, position [T].
 
-    Returns [T, heads, value_dim] in q's dtype. Rows of no entry come out finite. `tile` and `static` are those of
-    `map_tiles`; static, every row visits as many pages as a sequence can have, and sees nothing in those that are not
-    its own.
+    Returns [T, heads, value_dim] in q's dtype. Rows of no entry come out finite. `tile` is that of `map_tiles`.
     """
     rows, heads, key_dim = q.shape
     page_size, kv_heads = cache["k"].shape[-1], cache["k"].shape[2]
     groups = heads // kv_heads
     within = jnp.arange(page_size)
-    max_pages, entries = e.tables.shape[1], e.tables.shape[0]
     n = DECODE_ROWS
     grouped = q.reshape(rows, kv_heads, groups, key_dim)
 
@@ -143,8 +138,7 @@ def attend(
             v = [values(k[r], tables[r, p]) for r in range(n)]
             return _visit(state, rows_q, k, v, p * page_size + within, own[:, None])
 
-        pages = max_pages if static else (own.max() + page_size - 1) // page_size
-        return lax.fori_loop(0, pages, page, start_state(n, groups))
+        return lax.fori_loop(0, (own.max() + page_size - 1) // page_size, page, start_state(n, groups))
 
     def padded(x: jax.Array) -> jax.Array:  # so that a page's worth may be cut anywhere around an entry's rows
         return jnp.pad(x, ((page_size, page_size), (0, 0), (0, 0)))
@@ -170,10 +164,7 @@ def attend(
                 v = jnp.where((j >= start)[:, None], lax.dynamic_slice_in_dim(new_v, at, page_size, 1), v)
             return _visit(state, tile_q, [k], [v], j, own)
 
-        state = start_state(1, groups * row_tile)
-        if static:
-            return lax.fori_loop(0, max_pages, mixed_page, state)
-        state = lax.fori_loop(0, start // page_size, old_page, state)
+        state = lax.fori_loop(0, start // page_size, old_page, start_state(1, groups * row_tile))
         return lax.fori_loop(start // page_size, (own.max() + page_size - 1) // page_size, mixed_page, state)
 
     def keep(seen: _State, state: _State, at: jax.Array) -> _State:
@@ -186,8 +177,7 @@ def attend(
 
     shape = (rows, kv_heads, groups)
     seen = _State(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
-    some = entries // n if static else (e.num_decode + n - 1) // n
-    seen = lax.fori_loop(0, some, lambda i, seen: keep(seen, seen_by_rows(i), i * n), seen)
+    seen = lax.fori_loop(0, (e.num_decode + n - 1) // n, lambda i, seen: keep(seen, seen_by_rows(i), i * n), seen)
     if prefill:
         new_k = padded(new["k"]).transpose(1, 2, 0)  # [kv_heads, key_dim, P + T + P]
         new_v = padded(new["v"]).swapaxes(0, 1) if "v" in new else None
@@ -196,15 +186,53 @@ def attend(
         def one_tile(i: jax.Array, seen: _State) -> _State:
             return keep(seen, jax.tree.map(by_row, seen_by_tile(i)), i * row_tile)
 
-        def any_tile(i: jax.Array, seen: _State) -> _State:
-            return jax.tree.map(partial(jnp.where, i >= first), one_tile(i, seen), seen)
-
-        if static:
-            seen = lax.fori_loop(0, rows // row_tile, any_tile, seen)
-        else:
-            seen = lax.fori_loop(first, e.num_tiles, one_tile, seen)
+        seen = lax.fori_loop(first, e.num_tiles, one_tile, seen)
     own_v = new["v"] if "v" in new else new["k"][..., :value_dim]
-    out = map_tiles(_finish, tile, e.num_tiles, *seen, grouped, new["k"][:, :, None], own_v[:, :, None], static=static)
+    out = map_tiles(_finish, tile, e.num_tiles, *seen, grouped, new["k"][:, :, None], own_v[:, :, None])
+    return out.reshape(rows, heads, value_dim)
+
+
+def attend_gathered(
+    q: jax.Array,
+    new: Cache,
+    cache: Cache,
+    layer: jax.Array,
+    position: jax.Array,
+    e: Entries,
+    value_dim: int,
+    row_tile: int,
+    prefill: bool,
+) -> jax.Array:
+    """The same as `attend`, up to rounding, over all pages that a sequence could have at once, and without a loop."""
+    rows, heads, key_dim = q.shape
+    page_size, kv_heads = cache["k"].shape[-1], cache["k"].shape[2]
+    j = jnp.arange(e.tables.shape[1] * page_size)
+
+    def see(entry: jax.Array, q: jax.Array, own: jax.Array) -> jax.Array:
+        """Entries [n] with r rows each: q [n, r, kv_heads, groups, key_dim], own [n, r] their positions."""
+        table, start = e.tables[entry], e.start[entry, None]
+        fresh = (j >= start)[:, None, :, None]
+        row = jnp.clip(e.first_row[entry, None] + j - start, 0, rows - 1)
+        k = cache["k"][layer, table].transpose(0, 2, 1, 4, 3).reshape(len(entry), kv_heads, len(j), key_dim)
+        k = jnp.where(fresh, new["k"][row].swapaxes(1, 2), k)
+        if "v" in cache:
+            v = cache["v"][layer, table].swapaxes(1, 2).reshape(len(entry), kv_heads, len(j), value_dim)
+            v = jnp.where(fresh, new["v"][row].swapaxes(1, 2), v)
+        else:
+            v = k[..., :value_dim]
+        v = jnp.where((j <= own.max(1, keepdims=True))[:, None, :, None], v, 0)  # what is not seen may be anything
+        s = jnp.einsum("nrkgd,nkld->nkgrl", q, k, preferred_element_type=jnp.float32)
+        p = jax.nn.softmax(jnp.where((j <= own[..., None])[:, None, None], s, MASKED), axis=-1)
+        return jnp.einsum("nkgrl,nkld->nrkgd", p.astype(v.dtype), v).astype(q.dtype)
+
+    grouped = q.reshape(rows, kv_heads, heads // kv_heads, key_dim)
+    n = min(rows, e.tables.shape[0])
+    out = see(jnp.arange(n), grouped[:n, None], position[:n, None])[:, 0]
+    if prefill:
+        tiled = see(e.tile_entry, *(x.reshape(-1, row_tile, *x.shape[1:]) for x in (grouped, position)))
+        out = jnp.pad(out, ((0, rows - n), (0, 0), (0, 0), (0, 0)))
+        decode = jnp.arange(rows) < e.num_decode
+        out = jnp.where(decode[:, None, None, None], out, tiled.reshape(out.shape))
     return out.reshape(rows, heads, value_dim)
 
 

@@ -111,14 +111,16 @@ def program_flags(kind: str) -> tuple[str, ...]:
     return tuple(sorted(names | set(_missing_cpu_flags(flags) if kind == "cpu" else ())))
 
 
-def serialize_program(lowered: jax.stages.Lowered) -> bytes:
-    """Compile, as bytes. Never from JAX's own cache: on CPU a program from there has lost its code once serialised
+def serialize_program(lowered: jax.stages.Lowered, deterministic: bool) -> bytes:
+    """Compile, as bytes. deterministic: without tuning, by which the same product may be computed in one way in this
+    process and in another in the next. Never from JAX's own cache: on CPU a program from there has lost its code once serialised
     again (seen in 0.10.2)."""
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # or what it was when it was first looked at would hold
     try:
-        executable = lowered.compile()._executable.xla_executable  # type: ignore[attr-defined]
+        options: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"} if deterministic else {}
+        executable = lowered.compile(options)._executable.xla_executable  # type: ignore[attr-defined]
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
         compilation_cache.reset_cache()

@@ -131,6 +131,14 @@ class Engine:
             if not bucket.score:
                 self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
 
+    def connect(self, mesh: ExpertMesh) -> None:
+        """Build the communicator of a mesh that may be entered later: all its ranks together, between the same two
+        steps, for a device runs its programs in order. Raises JaxRuntimeError if one of them is lost."""
+        connect = self.programs.load(self.programs.connection(mesh.size), mesh.devices)
+        ones = mesh.put([np.ones(1, np.int32) for _ in mesh.local], SHARDED)
+        for (total,) in connect([ones]):
+            assert int(np.asarray(total)[0]) == mesh.size
+
     def leave(self) -> None:
         """The epoch is over; no step until another one is entered."""
         self.mesh = None

@@ -5,7 +5,6 @@ the fields of ModelConfig; there is one body. Layers are scanned, so compile tim
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.attention import Cache, Entries, attend
+from moe_jax.attention import Cache, Entries, attend, attend_gathered
 from moe_jax.config import ModelConfig, Rope
 from moe_jax.kernels.expert_ffn import expert_ffn, expert_ffn_reference
 from moe_jax.moe import Dispatch, moe, route
@@ -36,15 +35,17 @@ class Run:
     prefill: bool
     deterministic: bool
     reference: bool = False  # plain JAX where there is a kernel
-    static: bool = False  # loops of fixed length only: a GPU's host thread must never wait inside the step
+    # No loop whose length is data. On a GPU the host would wait for it in the middle of the step, and XLA cannot abort
+    # a lost peer's communicator while it does: "lockable.h: Check failed" (seen in jax 0.11.2).
+    straight: bool = False
 
     @property
     def tile(self) -> int | None:
         """For `map_tiles`."""
-        return self.row_tile if self.deterministic else None
+        return self.row_tile if self.deterministic and not self.straight else None
 
     def tiles(self, f: Any, count: jax.Array, *rows: Any) -> Any:
-        return map_tiles(f, self.tile, count, *rows, static=self.static)
+        return map_tiles(f, self.tile, count, *rows)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -127,7 +128,10 @@ def layer(
     qkv = project_latent if c.latent else project
     q, new = run.tiles(lambda x, turn: qkv(c, p, x, turn), e.num_tiles, x, turn)
     value_dim = c.latent.kv_rank if c.latent else c.head_dim
-    a = attend(q, new, cache, index, position, e, value_dim, run.tile, run.row_tile, run.prefill, run.static)
+    if run.straight:
+        a = attend_gathered(q, new, cache, index, position, e, value_dim, run.row_tile, run.prefill)
+    else:
+        a = attend(q, new, cache, index, position, e, value_dim, run.tile, run.row_tile, run.prefill)
 
     def after_attention(x: jax.Array, a: jax.Array) -> Any:
         if c.latent:
@@ -155,7 +159,7 @@ def layer(
         run.dispatch,
         run.expert_tile,
         spread=run.prefill,
-        ffn=expert_ffn_reference if run.reference else partial(expert_ffn, static=run.static),
+        ffn=expert_ffn_reference if run.reference or run.straight else expert_ffn,
         deterministic=run.deterministic,
     )
     return x + y, new

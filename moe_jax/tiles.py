@@ -13,11 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def map_tiles(f: Callable[..., Any], tile: int | None, count: jax.Array, *rows: Any, static: bool = False) -> Any:
+def map_tiles(f: Callable[..., Any], tile: int | None, count: jax.Array, *rows: Any) -> Any:
     """Apply `f` to the first `count` tiles of `tile` rows; rows of the others come out as zeros.
-
-    static: to all of them, by a loop whose length is known when it is compiled. On a GPU the host would wait for any
-    other inside the step, in which a lost peer's communicator is aborted, and XLA cannot take that (Run.static).
 
     `rows` are pytrees of arrays [T, ...] with T a multiple of `tile`; `f` maps such rows of any number to a pytree of
     arrays [rows, ...], each row on its own. tile None: one call on all rows, the fastest on a GPU.
@@ -36,4 +33,4 @@ def map_tiles(f: Callable[..., Any], tile: int | None, count: jax.Array, *rows: 
         y = f(*jax.tree.map(lambda x: cut(x, i), rows))
         return jax.tree.map(lambda o, part: lax.dynamic_update_slice_in_dim(o, part, i * tile, 0), out, y)
 
-    return lax.fori_loop(0, total // tile if static else count, body, out)
+    return lax.fori_loop(0, count, body, out)

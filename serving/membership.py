@@ -760,7 +760,7 @@ class Membership:
 
     def _recover(self, joiners: list[int], now: float) -> None:
         """Nobody steps: commit those who can go on, alone if they can; or say UNSERVABLE, and they wait."""
-        known = (tuple(self._members), tuple(joiners), tuple(self._outsiders()), tuple(self._workers))
+        known = tuple(map(tuple, (self._members, joiners, self._outsiders(), self._eligible(), self._workers)))
         if known == self._tried:
             return
         for ready in ([], joiners) if joiners else ([],):

@@ -41,20 +41,13 @@ def widen(weights: jax.Array, dtype: Any) -> jax.Array:
 
 
 def expert_ffn(
-    x: jax.Array,
-    slot: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
-    layer: jax.Array,
-    tile: int,
-    static: bool = False,
+    x: jax.Array, slot: jax.Array, gate_up: jax.Array, down: jax.Array, layer: jax.Array, tile: int
 ) -> jax.Array:
     """y[m, c] = SwiGLU of slot[m, c] of the layer applied to x[m]; zeros where slot is -1.
 
     x [M, H]; slot [M, C] int32 in -1..S-1; gate_up [L, S, H, 2 I], gates first; down [L, S, I, H]: all layers, because
     cutting one out would copy weights that nobody asked for; layer [] int32. Weights may be narrower than x. Returns
-    [M, C, H] in x's dtype, which is also that of the products. static: as in `map_tiles`; then there are as many tiles
-    as there might have to be, each takes its slot's weights anew, and those that nobody needs are computed in vain.
+    [M, C, H] in x's dtype, which is also that of the products.
     """
     m, choices = slot.shape
     pairs, slots = m * choices, gate_up.shape[1]
@@ -70,31 +63,20 @@ def expert_ffn(
     def weights(stack: jax.Array, s: jax.Array) -> jax.Array:
         return widen(lax.dynamic_slice(stack, (layer, s, 0, 0), (1, 1, *stack.shape[2:]))[0, 0], x.dtype)
 
-    def one_tile(row: jax.Array, w_in: jax.Array, w_out: jax.Array, out: jax.Array) -> jax.Array:
-        a = x.at[lax.dynamic_slice(token, (row,), (tile,))].get(mode="promise_in_bounds") @ w_in
-        y = (jax.nn.silu(a[:, :inner]) * a[:, inner:]) @ w_out
-        # A last tile's surplus rows land on the next slot's, which is computed later.
-        return lax.dynamic_update_slice(out, y, (row, 0))
-
     def one_slot(h: jax.Array, out: jax.Array) -> jax.Array:
         s = hit[h]
         w_in, w_out = weights(gate_up, s), weights(down, s)
-        tiles = (sizes[s] + tile - 1) // tile
-        return lax.fori_loop(0, tiles, lambda i, out: one_tile(begin[s] + i * tile, w_in, w_out, out), out)
 
-    tiles = -(-sizes // tile)
-    ends = jnp.cumsum(tiles)
+        def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
+            row = begin[s] + i * tile
+            a = x.at[lax.dynamic_slice(token, (row,), (tile,))].get(mode="promise_in_bounds") @ w_in
+            y = (jax.nn.silu(a[:, :inner]) * a[:, inner:]) @ w_out
+            # A last tile's surplus rows land on the next slot's, which is computed later.
+            return lax.dynamic_update_slice(out, y, (row, 0))
 
-    def any_tile(t: jax.Array, out: jax.Array) -> jax.Array:
-        s = (ends <= t).sum().clip(0, slots - 1)
-        row = jnp.where(t < ends[-1], begin[s] + (t - ends[s] + tiles[s]) * tile, pairs)
-        return one_tile(row, weights(gate_up, s), weights(down, s), out)
+        return lax.fori_loop(0, (sizes[s] + tile - 1) // tile, one_tile, out)
 
-    y = jnp.zeros((pairs + tile, x.shape[1]), x.dtype)
-    if static:
-        y = lax.fori_loop(0, pairs // tile + slots, any_tile, y)
-    else:
-        y = lax.fori_loop(0, (sizes > 0).sum(), one_slot, y)
+    y = lax.fori_loop(0, (sizes > 0).sum(), one_slot, jnp.zeros((pairs + tile, x.shape[1]), x.dtype))
     place = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs, dtype=jnp.int32))
     return jnp.where((flat >= 0)[:, None], y[place], 0).reshape(m, choices, -1)
 

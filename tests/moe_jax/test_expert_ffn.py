@@ -1,7 +1,5 @@
 """Every version of the experts' feed-forward passes the same tests against the plain reference."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +10,7 @@ from hypothesis import strategies as st
 from moe_jax.kernels.expert_ffn import expert_ffn, expert_ffn_reference, prepare
 
 M, C, S, H, INNER = 24, 3, 6, 64, 64
-VERSIONS = {
-    "tiled": jax.jit(expert_ffn, static_argnames="tile"),
-    "static": jax.jit(partial(expert_ffn, static=True), static_argnames="tile"),
-}
+VERSIONS = {"tiled": jax.jit(expert_ffn, static_argnames="tile")}
 
 
 def weights(dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
