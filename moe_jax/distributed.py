@@ -113,8 +113,8 @@ def program_flags(kind: str) -> tuple[str, ...]:
 
 def serialize_program(lowered: jax.stages.Lowered, deterministic: bool) -> bytes:
     """Compile, as bytes. deterministic: without tuning, by which the same product may be computed in one way in this
-    process and in another in the next. Never from JAX's own cache: on CPU a program from there has lost its code once serialised
-    again (seen in 0.10.2)."""
+    process and in another in the next. Never from JAX's own cache: on CPU a program from there has lost its code once
+    serialised again (seen in 0.10.2)."""
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # or what it was when it was first looked at would hold
@@ -146,6 +146,8 @@ def load_program(program: bytes, devices: Sequence[jax.Device]) -> Loaded:
 
 # Collectives that wait for a lost rank
 
+_RINGS = 12  # NCCL's threads have room for some dozens of connections, and those of the next mesh are rung, too
+
 
 def _sockets() -> Iterator[socket.socket]:
     """This process's sockets; each is closed again, and stays open where it is used."""
@@ -156,8 +158,9 @@ def _sockets() -> Iterator[socket.socket]:
                     yield s
 
 
-def cut_collectives(service_address: str) -> None:
-    """End the collectives that this process is inside of, after a peer was fenced. From any thread; may be repeated.
+def cut_collectives(service_address: str, attempt: int = 0) -> None:
+    """End the collectives that this process is inside of, after a peer was fenced. From any thread; to be repeated
+    until they have ended, with the number of the attempt.
 
     Gloo does not pass an abort on: a survivor that waits for another which has given up would wait for ever. So all
     TCP sockets but the one to the JAX service are shut down. NCCL is aborted by XLA, which joins NCCL's service
@@ -165,7 +168,7 @@ def cut_collectives(service_address: str) -> None:
     """
     if jax.default_backend() == "cpu":
         _shut_gloo(re.sub(r".*:", "", service_address))
-    else:
+    elif attempt < _RINGS:
         _wake_nccl()
 
 

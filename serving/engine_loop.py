@@ -133,12 +133,11 @@ class EngineLoop:
             threading.Thread(target=self._cut_until_outside, name="cut", daemon=True).start()
 
     def _cut_until_outside(self) -> None:
-        deadline = time.monotonic() + _CUT_FOR
-        while time.monotonic() < deadline:
+        for attempt in range(int(_CUT_FOR / _CUT_EVERY)):
             with self._gate:
                 if not 0 < self._inside <= self._aborted:
                     return
-                cut_collectives(self._service)
+                cut_collectives(self._service, attempt)
             time.sleep(_CUT_EVERY)
         # A communicator that waits for the address of a rank which has left has nothing to cut. Starting anew is faster
         # than its own timeout.
