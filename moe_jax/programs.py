@@ -8,10 +8,13 @@ in every order, on every machine of that kind. A key is known without tracing an
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -70,6 +73,19 @@ class ProgramStore:
     def has(self, key: str) -> bool:
         path = self.path(key)
         return key in self._memory or (path is not None and path.exists())
+
+    @contextlib.contextmanager
+    def making(self, key: str) -> Iterator[None]:
+        """Held while an entry is made, so that processes which want the same do not all make it. Look again inside."""
+        with contextlib.ExitStack() as stack:
+            path = self.path(key)
+            with contextlib.suppress(OSError):  # a directory that cannot be written: everybody makes their own
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    file = stack.enter_context((path.parent / f".{key}.making").open("w"))
+                    stack.callback(Path(file.name).unlink, missing_ok=True)
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def put(self, key: str, program: bytes) -> None:
         """A directory that cannot be written is a warning: the program is at hand all the same."""

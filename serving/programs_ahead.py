@@ -79,8 +79,14 @@ class ProgramsAhead:
             self._error = e
 
     def _take(self, size: int) -> None:
-        """Into memory; compiled in place where nobody else has."""
-        for program in wanted(self._executables, [size]):
-            if self._executables.store.get(self._executables.key(program)) is None:
-                others = [d for d in self._devices if d != self._own]
-                self._executables.compile(program, [self._own, *others[: program.ranks - 1]])
+        """Into memory; compiled in place where nobody else has. The engines of a machine share the work: each begins
+        elsewhere, and what another one is making is waited for."""
+        programs, executables = wanted(self._executables, [size]), self._executables
+        begin = len(programs) * self._own.process_index // max(1, len(self._devices))
+        for program in programs[begin:] + programs[:begin]:
+            key = executables.key(program)
+            if executables.store.get(key) is None:
+                with executables.store.making(key):
+                    if executables.store.get(key) is None:
+                        others = [d for d in self._devices if d != self._own]
+                        executables.compile(program, [self._own, *others[: program.ranks - 1]])
