@@ -1,0 +1,152 @@
+// Vectors of float on any machine (GCC's and Clang's vector extension), and the two products that all kernels use.
+//
+// Every output is one chain of fused multiply-adds over its own row and column, first to last, so its bits depend on
+// neither the other rows and columns nor on how they are blocked here.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace moe {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline vf splat(float x) { return x - vf{}; }
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+inline void narrow(float x, float* y) { *y = x; }
+inline void narrow(float x, bf16* y) {  // to the nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  y->bits = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
+}
+
+inline vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
+inline vf load(const bf16* p) {
+  return reinterpret_cast<vf>(__builtin_convertvector(*reinterpret_cast<const vh*>(p), vi) << 16);
+}
+inline void store(float* p, vf x) { *reinterpret_cast<vf*>(p) = x; }
+
+// The first n lanes; the others are zeros.
+template <class T>
+inline vf load(const T* p, int n) {
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+
+inline float sum(vf x) {
+  float y = 0;
+  for (int i = 0; i < kLanes; ++i) y += x[i];
+  return y;
+}
+
+inline float max(vf x) {
+  float y = x[0];
+  for (int i = 1; i < kLanes; ++i) y = x[i] > y ? x[i] : y;
+  return y;
+}
+
+// e^x to 2 units in the last place; 0 below -87 (S. Moshier, Cephes, expf).
+inline vf exp(vf x) {
+  const vf top = splat(88.0f), bottom = splat(-87.0f);
+  const vi vanishes = x < bottom;
+  x = x > top ? top : x;
+  x = vanishes ? bottom : x;
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf n = (x * 1.44269504f + magic) - magic;
+  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = (y * (r * r) + r) + 1.0f;
+  const vi power = (__builtin_convertvector(n, vi) + 127) << 23;
+  y = y * reinterpret_cast<vf>(power);
+  return vanishes ? vf{} : y;
+}
+
+inline float exp(float x) { return exp(splat(x))[0]; }
+
+// A product's rows × columns that fit the registers.
+template <int R, int C, class T, bool kAdd>
+inline void block(const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t k, float* y, int64_t ldy) {
+  vf acc[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) acc[r][c] = kAdd ? load(y + r * ldy + c * kLanes) : vf{};
+  for (int64_t i = 0; i < k; ++i) {
+    vf b[C];
+    for (int c = 0; c < C; ++c) b[c] = load(w + i * ldw + c * kLanes);
+    for (int c = 0; c < C; c += 4) __builtin_prefetch(w + (i + 12) * ldw + c * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const vf a = splat(x[r * ldx + i]);
+      for (int c = 0; c < C; ++c) acc[r][c] += a * b[c];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) store(y + r * ldy + c * kLanes, acc[r][c]);
+}
+
+// The last n < kLanes columns.
+template <class T, bool kAdd>
+inline void edge(const float* x, const T* w, int64_t ldw, int64_t k, float* y, int n) {
+  vf acc = kAdd ? load(y, n) : vf{};
+  for (int64_t i = 0; i < k; ++i) acc += splat(x[i]) * load(w + i * ldw, n);
+  std::memcpy(y, &acc, n * sizeof(float));
+}
+
+template <int R, class T, bool kAdd>
+inline void rows(const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t k, int64_t n, float* y, int64_t ldy) {
+  // With few rows more columns hide the latency of the additions.
+  constexpr int C = R <= 2 ? 6 : R <= 6 ? 4 : 3;
+  int64_t j = 0;
+  for (; j + C * kLanes <= n; j += C * kLanes) block<R, C, T, kAdd>(x, ldx, w + j, ldw, k, y + j, ldy);
+  if constexpr (C > 2)
+    for (; j + 2 * kLanes <= n; j += 2 * kLanes) block<R, 2, T, kAdd>(x, ldx, w + j, ldw, k, y + j, ldy);
+  for (; j + kLanes <= n; j += kLanes) block<R, 1, T, kAdd>(x, ldx, w + j, ldw, k, y + j, ldy);
+  if (j < n)
+    for (int r = 0; r < R; ++r) edge<T, kAdd>(x + r * ldx, w + j, ldw, k, y + r * ldy + j, static_cast<int>(n - j));
+}
+
+// y[m, n] = x[m, k] @ w[k, n], or y += with kAdd; ld* are the distances between rows.
+template <class T, bool kAdd = false>
+void matmul(const float* x, int64_t ldx, int64_t m, const T* w, int64_t ldw, int64_t k, int64_t n, float* y, int64_t ldy) {
+  int64_t i = 0;
+  for (; i + 8 <= m; i += 8) rows<8, T, kAdd>(x + i * ldx, ldx, w, ldw, k, n, y + i * ldy, ldy);
+  x += i * ldx, y += i * ldy;
+  switch (m - i) {
+    case 1: return rows<1, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
+    case 2: return rows<2, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
+    case 3: return rows<3, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
+    case 4: return rows<4, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
+    case 5: return rows<5, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
+    case 6: return rows<6, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
+    case 7: return rows<7, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
+  }
+}
+
+}  // namespace moe
