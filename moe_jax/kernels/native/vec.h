@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace moe {
 
@@ -92,60 +93,89 @@ inline vf exp(vf x) {
 
 inline float exp(float x) { return exp(splat(x))[0]; }
 
-// A product's rows × columns that fit the registers.
+// Weights come in units of one vector, or of two if they are bfloat16: even and odd numbers apart, which costs least.
+template <class T>
+constexpr int kUnit = std::is_same_v<T, bf16> ? 2 : 1;
+
+inline void load_unit(const float* p, vf* x) { *x = load(p); }
+inline void load_unit(const bf16* p, vf* x) {
+  const vi both = *reinterpret_cast<const vi*>(p);
+  x[0] = reinterpret_cast<vf>(both << 16), x[1] = reinterpret_cast<vf>(both & int32_t(0xffff0000));
+}
+
+// A unit's results, in the order of columns.
+template <class T>
+inline void store_unit(const vf* x, float* y) {
+  if constexpr (kUnit<T> == 1) return store(y, *x);
+  for (int i = 0; i < kLanes; ++i) y[2 * i] = x[0][i], y[2 * i + 1] = x[kUnit<T> - 1][i];
+}
+
+template <class T>
+inline void take_unit(const float* y, vf* x) {
+  if constexpr (kUnit<T> == 1)
+    *x = load(y);
+  else
+    for (int i = 0; i < kLanes; ++i) x[0][i] = y[2 * i], x[1][i] = y[2 * i + 1];
+}
+
+// R rows and C units of columns of a product, which fit the registers.
 template <int R, int C, class T, bool kAdd>
 inline void block(const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t k, float* y, int64_t ldy) {
-  vf acc[R][C];
+  constexpr int kWidth = kUnit<T> * kLanes;
+  vf acc[R][C * kUnit<T>];
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) acc[r][c] = kAdd ? load(y + r * ldy + c * kLanes) : vf{};
+    for (int c = 0; c < C * kUnit<T>; ++c) acc[r][c] = vf{};
+  if constexpr (kAdd)
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) take_unit<T>(y + r * ldy + c * kWidth, acc[r] + c * kUnit<T>);
   for (int64_t i = 0; i < k; ++i) {
-    vf b[C];
-    for (int c = 0; c < C; ++c) b[c] = load(w + i * ldw + c * kLanes);
-    for (int c = 0; c < C; c += 4) __builtin_prefetch(w + (i + 12) * ldw + c * kLanes);
+    vf b[C * kUnit<T>];
+    for (int c = 0; c < C; ++c) load_unit(w + i * ldw + c * kWidth, b + c * kUnit<T>);
+    for (int c = 0; c < C; c += kUnit<T> == 1 ? 4 : 1) __builtin_prefetch(w + (i + 24) * ldw + c * kWidth);
     for (int r = 0; r < R; ++r) {
       const vf a = splat(x[r * ldx + i]);
-      for (int c = 0; c < C; ++c) acc[r][c] += a * b[c];
+      for (int c = 0; c < C * kUnit<T>; ++c) acc[r][c] += a * b[c];
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) store(y + r * ldy + c * kLanes, acc[r][c]);
+    for (int c = 0; c < C; ++c) store_unit<T>(acc[r] + c * kUnit<T>, y + r * ldy + c * kWidth);
 }
 
-// The last n < kLanes columns.
+// The last n columns, less than a unit.
 template <class T, bool kAdd>
-inline void edge(const float* x, const T* w, int64_t ldw, int64_t k, float* y, int n) {
-  vf acc = kAdd ? load(y, n) : vf{};
-  for (int64_t i = 0; i < k; ++i) acc += splat(x[i]) * load(w + i * ldw, n);
-  std::memcpy(y, &acc, n * sizeof(float));
+inline void edge(const float* x, const T* w, int64_t ldw, int64_t k, float* y, int64_t n) {
+  for (int64_t c = 0; c < n; c += kLanes) {
+    const int left = static_cast<int>(n - c < kLanes ? n - c : kLanes);
+    vf acc = kAdd ? load(y + c, left) : vf{};
+    for (int64_t i = 0; i < k; ++i) acc += splat(x[i]) * load(w + i * ldw + c, left);
+    std::memcpy(y + c, &acc, left * sizeof(float));
+  }
 }
 
 template <int R, class T, bool kAdd>
-inline void rows(const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t k, int64_t n, float* y, int64_t ldy) {
-  // With few rows more columns hide the latency of the additions.
-  constexpr int C = R <= 2 ? 6 : R <= 6 ? 4 : 3;
+void rows(const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t k, int64_t n, float* y, int64_t ldy) {
+  // With few rows, more columns hide the latency of the additions.
+  constexpr int C = kUnit<T> == 2 ? 2 : R <= 2 ? 6 : R <= 6 ? 4 : 3, kWidth = kUnit<T> * kLanes;
   int64_t j = 0;
-  for (; j + C * kLanes <= n; j += C * kLanes) block<R, C, T, kAdd>(x, ldx, w + j, ldw, k, y + j, ldy);
+  for (; j + C * kWidth <= n; j += C * kWidth) block<R, C, T, kAdd>(x, ldx, w + j, ldw, k, y + j, ldy);
   if constexpr (C > 2)
-    for (; j + 2 * kLanes <= n; j += 2 * kLanes) block<R, 2, T, kAdd>(x, ldx, w + j, ldw, k, y + j, ldy);
-  for (; j + kLanes <= n; j += kLanes) block<R, 1, T, kAdd>(x, ldx, w + j, ldw, k, y + j, ldy);
+    for (; j + 2 * kWidth <= n; j += 2 * kWidth) block<R, 2, T, kAdd>(x, ldx, w + j, ldw, k, y + j, ldy);
+  for (; j + kWidth <= n; j += kWidth) block<R, 1, T, kAdd>(x, ldx, w + j, ldw, k, y + j, ldy);
   if (j < n)
-    for (int r = 0; r < R; ++r) edge<T, kAdd>(x + r * ldx, w + j, ldw, k, y + r * ldy + j, static_cast<int>(n - j));
+    for (int r = 0; r < R; ++r) edge<T, kAdd>(x + r * ldx, w + j, ldw, k, y + r * ldy + j, n - j);
 }
 
 // y[m, n] = x[m, k] @ w[k, n], or y += with kAdd; ld* are the distances between rows.
 template <class T, bool kAdd = false>
 void matmul(const float* x, int64_t ldx, int64_t m, const T* w, int64_t ldw, int64_t k, int64_t n, float* y, int64_t ldy) {
-  int64_t i = 0;
-  for (; i + 8 <= m; i += 8) rows<8, T, kAdd>(x + i * ldx, ldx, w, ldw, k, n, y + i * ldy, ldy);
-  x += i * ldx, y += i * ldy;
-  switch (m - i) {
-    case 1: return rows<1, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
-    case 2: return rows<2, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
-    case 3: return rows<3, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
-    case 4: return rows<4, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
-    case 5: return rows<5, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
-    case 6: return rows<6, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
-    case 7: return rows<7, T, kAdd>(x, ldx, w, ldw, k, n, y, ldy);
+  using Rows = void (*)(const float*, int64_t, const T*, int64_t, int64_t, int64_t, float*, int64_t);
+  static constexpr Rows kRows[] = {rows<1, T, kAdd>, rows<2, T, kAdd>, rows<3, T, kAdd>, rows<4, T, kAdd>,
+                                   rows<5, T, kAdd>, rows<6, T, kAdd>, rows<7, T, kAdd>, rows<8, T, kAdd>};
+  constexpr int64_t kMost = kUnit<T> == 1 ? 8 : 6;
+  for (int64_t blocks = (m + kMost - 1) / kMost; blocks > 0; --blocks) {
+    const int64_t r = (m + blocks - 1) / blocks;  // as even as can be
+    kRows[r - 1](x, ldx, w, ldw, k, n, y, ldy);
+    x += r * ldx, y += r * ldy, m -= r;
   }
 }
 
