@@ -69,6 +69,12 @@ struct Attention {
   }
 
  private:
+  // f(offset, how many) for each vector of n numbers.
+  template <class F>
+  static void for_lanes(int64_t n, const F& f) {
+    for (int64_t j = 0; j < n; j += kLanes) f(j, static_cast<int>(std::min<int64_t>(kLanes, n - j)));
+  }
+
   int64_t new_row(int64_t entry, int64_t position) const {
     return std::clamp<int64_t>(first_row[entry] + position - start[entry], 0, rows - 1);
   }
@@ -98,30 +104,37 @@ struct Attention {
   // One page for the queries [i, i + n): a query sees those of its positions that lie before its row's own.
   void attend(const float* queries, float* acc, float* weights, float* top, float* total, int64_t i, int64_t n,
               const int32_t* own, int64_t base, int64_t filled, const X* pk, const X* pv) const {
-    const int64_t g = groups(), size = page_size;
-    matmul(queries + i * key_dim, key_dim, n, pk, size, key_dim, size, weights + i * size, size);
+    const int64_t g = groups(), stride = page_size;
+    const int64_t size = std::min(stride, (filled + kLanes - 1) / kLanes * kLanes);  // the others are not read
+    matmul(queries + i * key_dim, key_dim, n, pk, stride, key_dim, size, weights + i * stride, stride);
     for (int64_t r = i; r < i + n; ++r) {
       const int64_t seen = std::clamp<int64_t>(own[r / g] - base, 0, filled);
-      float* s = weights + r * size;
+      float* s = weights + r * stride;
       float* a = acc + r * value_dim;
-      float m = top[r];
-      for (int64_t j = 0; j < seen; ++j) m = s[j] > m ? s[j] : m;
-      const float keep = exp(top[r] - m);
       std::fill(s + seen, s + size, -2e30f);
-      vf sums{};
-      for (int64_t j = 0; j < size; j += kLanes) {
-        const int left = static_cast<int>(std::min<int64_t>(kLanes, size - j));
-        vf p = exp(load(s + j, left) - m);
-        if (left < kLanes)  // lanes behind the page
-          for (int lane = left; lane < kLanes; ++lane) p[lane] = 0;
+      vf tops = splat(top[r]), sums{};
+      for_lanes(size, [&](int64_t j, int n) {
+        const vf x = n == kLanes ? load(s + j) : load(s + j, n);  // its zeros are no scores
+        if (n == kLanes)
+          tops = x > tops ? x : tops;
+        else
+          for (int lane = 0; lane < n; ++lane) tops[lane] = x[lane] > tops[lane] ? x[lane] : tops[lane];
+      });
+      const float m = max(tops), keep = exp(top[r] - m);
+      for_lanes(size, [&](int64_t j, int n) {
+        vf p = exp((n == kLanes ? load(s + j) : load(s + j, n)) - m);
+        for (int lane = n; lane < kLanes; ++lane) p[lane] = 0;
         sums += p;
-        std::memcpy(s + j, &p, left * sizeof(float));
-      }
+        if (n == kLanes)
+          store(s + j, p);
+        else
+          std::memcpy(s + j, &p, n * sizeof(float));
+      });
       top[r] = m;
       total[r] = total[r] * keep + sum(sums);
       for (int64_t d = 0; d < value_dim; ++d) a[d] *= keep;
     }
-    matmul<X, true>(weights + i * size, size, n, pv, value_dim, filled, value_dim, acc + i * value_dim, value_dim);
+    matmul<X, true>(weights + i * stride, stride, n, pv, value_dim, filled, value_dim, acc + i * value_dim, value_dim);
   }
 
   // The row itself, of which the cache knows nothing yet.

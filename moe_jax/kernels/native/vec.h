@@ -59,15 +59,15 @@ inline vf load(const T* p, int n) {
 }
 
 inline float sum(vf x) {
-  float y = 0;
-  for (int i = 0; i < kLanes; ++i) y += x[i];
-  return y;
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
 }
 
 inline float max(vf x) {
-  float y = x[0];
-  for (int i = 1; i < kLanes; ++i) y = x[i] > y ? x[i] : y;
-  return y;
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] = x[i + half] > x[i] ? x[i + half] : x[i];
+  return x[0];
 }
 
 // e^x to 2 units in the last place; 0 below -87 (S. Moshier, Cephes, expf).
@@ -158,6 +158,8 @@ void rows(const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t k, int64
   constexpr int C = kUnit<T> == 2 ? 2 : R <= 2 ? 6 : R <= 6 ? 4 : 3, kWidth = kUnit<T> * kLanes;
   int64_t j = 0;
   for (; j + C * kWidth <= n; j += C * kWidth) block<R, C, T, kAdd>(x, ldx, w + j, ldw, k, y + j, ldy);
+  if constexpr (C > 4)
+    for (; j + 4 * kWidth <= n; j += 4 * kWidth) block<R, 4, T, kAdd>(x, ldx, w + j, ldw, k, y + j, ldy);
   if constexpr (C > 2)
     for (; j + 2 * kWidth <= n; j += 2 * kWidth) block<R, 2, T, kAdd>(x, ldx, w + j, ldw, k, y + j, ldy);
   for (; j + kWidth <= n; j += kWidth) block<R, 1, T, kAdd>(x, ldx, w + j, ldw, k, y + j, ldy);
