@@ -8,7 +8,7 @@ the devices of a mesh, which takes milliseconds. Changing the mesh compiles noth
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -21,8 +21,9 @@ from jax.sharding import NamedSharding
 from moe_jax import attention, programs
 from moe_jax.batch_input import Layout, pack_output
 from moe_jax.checkpoint import Checkpoint, param_types
-from moe_jax.config import Bucket, EngineConfig, ModelConfig
+from moe_jax.config import Bucket, ConfigError, EngineConfig, ModelConfig
 from moe_jax.distributed import Loaded, load_program, serialize_program
+from moe_jax.kernels import native
 from moe_jax.kernels.expert_ffn import prepared_dtype
 from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs
 from moe_jax.model import Run, forward, logits
@@ -74,7 +75,7 @@ class Executables:
             {n: prepared_dtype(t, platform) if n.startswith("experts_") else t for n, t in segment.items()}
             for segment in types["segments"]
         ]
-        return Executables(checkpoint.config, engine, types, kind, store)
+        return Executables(checkpoint.config, replace(engine, kernels=choose(engine.kernels, kind)), types, kind, store)
 
     def wanted(self, ranks: int, local: int = 1) -> list[Program]:
         """What a mesh of `ranks`, `local` of them in this process, needs; most urgent first."""
@@ -92,7 +93,8 @@ class Executables:
 
     def key(self, program: Program) -> str:
         types = [str(t) for t in jax.tree.leaves(self.types)]
-        return programs.key(self.kind, self.model, self.engine, types, program)
+        kernels = native.identity() if self.engine.kernels == "native" else None
+        return programs.key(self.kind, self.model, self.engine, types, program, kernels)
 
     def missing(self, wanted: Sequence[Program]) -> list[Program]:
         return [p for p in wanted if not self.store.has(self.key(p))]
@@ -153,7 +155,7 @@ class Executables:
             e.expert_tile,
             bucket.prefill,
             e.deterministic,
-            e.kernels == "reference",
+            e.kernels,
             straight=self.kind != "cpu",
         )
 
@@ -210,6 +212,15 @@ class Executables:
         del bucket
         psum = partial(lax.psum, axis_name=AXIS)
         return jax.jit(jax.shard_map(psum, mesh=mesh.mesh, in_specs=SHARDED, out_specs=SHARDED, check_vma=False))
+
+
+def choose(kernels: str, kind: str) -> Any:
+    """What EngineConfig.kernels comes to on a device of this kind. Raises ConfigError where there is no such thing."""
+    if kernels == "native" and (kind != "cpu" or not native.available()):
+        raise ConfigError(f"kernels: found native on {kind}, expected a CPU and a C++ compiler; try auto or xla")
+    if kernels == "auto":
+        return "native" if kind == "cpu" and native.available() else "xla"
+    return kernels
 
 
 def _pair(x: Any) -> bool:

@@ -5,6 +5,7 @@ the fields of ModelConfig; there is one body. Layers are scanned, so compile tim
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax import lax
 
 from moe_jax.attention import Cache, Entries, attend, attend_gathered
 from moe_jax.config import ModelConfig, Rope
+from moe_jax.kernels import native
 from moe_jax.kernels.expert_ffn import expert_ffn, expert_ffn_reference
 from moe_jax.moe import Dispatch, moe, route
 from moe_jax.reduce import ordered_sum
@@ -34,15 +36,21 @@ class Run:
     expert_tile: int
     prefill: bool
     deterministic: bool
-    reference: bool = False  # plain JAX where there is a kernel
+    kernels: str = "xla"  # or "native", or "reference": plain JAX where there is a kernel
     # No loop whose length is data. On a GPU the host would wait for it in the middle of the step, and XLA cannot abort
     # a lost peer's communicator while it does: "lockable.h: Check failed" (seen in jax 0.11.2).
     straight: bool = False
 
     @property
     def tile(self) -> int | None:
-        """For `map_tiles`."""
-        return self.row_tile if self.deterministic and not self.straight else None
+        """For `map_tiles`. Native kernels need none: what they compute of a row depends on no other."""
+        return self.row_tile if self.deterministic and self.kernels != "native" and not self.straight else None
+
+    @property
+    def ffn(self) -> Any:
+        """As expert_ffn."""
+        versions = {"native": native.expert_ffn, "xla": expert_ffn_reference if self.straight else expert_ffn}
+        return versions.get(self.kernels, expert_ffn_reference)
 
     def tiles(self, f: Any, count: jax.Array, *rows: Any) -> Any:
         return map_tiles(f, self.tile, count, *rows)
@@ -69,80 +77,117 @@ def rotate(x: jax.Array, turn: Turn, rope: Rope) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def swiglu(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-    gate, up = jnp.split(x @ gate_up, 2, axis=-1)
-    return (jax.nn.silu(gate) * up) @ down
+@dataclass(frozen=True)
+class Layer:
+    """The parameters of one layer of a segment, and how its products are computed."""
+
+    run: Run
+    params: Params  # the layer's own
+    stacks: Params  # the segment's, which native kernels find the layer's in
+    index: jax.Array  # of the layer in the segment
+    rows: jax.Array  # [] int32: the step's rows that are in use
+
+    def dense(
+        self, x: jax.Array, name: str, norm: str | None = None, eps: float | None = None, residual: Any = None
+    ) -> jax.Array:
+        """rms_norm(x) @ weights + bias + residual, [n, out] of x [n, in]; without `norm`, x as it is."""
+        eps, bias = self.run.model.rms_norm_eps if eps is None else eps, f"{name}_bias"
+        if self.run.kernels == "native":
+            s = self.stacks
+            weight = None if norm is None else s[norm]
+            return native.dense(x, s[name], self.index, self.rows, weight, eps, s.get(bias), residual)
+        h = x if norm is None else rms_norm(x, self.params[norm], eps)
+        y = h @ self.params[name] + self.params.get(bias, 0)
+        return y if residual is None else residual + y
+
+    def router(self, h: jax.Array) -> jax.Array:
+        """float32 [n, experts]."""
+        h = h.astype(jnp.float32)
+        if self.run.kernels == "native":
+            return native.dense(h, self.stacks["router"], self.index, self.rows)
+        return jnp.dot(h, self.params["router"], precision="highest")
+
+    def by_head(self, x: jax.Array, name: str) -> jax.Array:
+        """Each head's own product: [n, heads, out] of x [n, heads, in]."""
+        if self.run.kernels == "native":
+            return native.dense(x, self.stacks[name], self.index, self.rows)
+        return jnp.einsum("nhi,hio->nho", x, self.params[name])
+
+    def swiglu(self, x: jax.Array, prefix: str = "", norm: str | None = None, residual: Any = None) -> jax.Array:
+        gate, up = jnp.split(self.dense(x, f"{prefix}gate_up", norm), 2, axis=-1)
+        return self.dense(jax.nn.silu(gate) * up, f"{prefix}down", residual=residual)
 
 
-def project(c: ModelConfig, p: Params, x: jax.Array, turn: Turn) -> tuple[jax.Array, Cache]:
+def project(p: Layer, x: jax.Array, turn: Turn) -> tuple[jax.Array, Cache]:
     """Scaled queries [n, heads, head_dim] and the rows' new keys and values, grouped-query attention."""
-    n = x.shape[0]
-    h = rms_norm(x, p["attn_norm"], c.rms_norm_eps) @ p["qkv"] + p.get("qkv_bias", 0)
+    c, n = p.run.model, x.shape[0]
+    h = p.dense(x, "qkv", "attn_norm")
     q, k, v = jnp.split(h, [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim], axis=-1)
+
+    def norm(a: jax.Array, name: str) -> jax.Array:
+        return rms_norm(a, p.params[name], c.rms_norm_eps)
+
     if c.qk_norm == "full":
-        q, k = rms_norm(q, p["q_norm"], c.rms_norm_eps), rms_norm(k, p["k_norm"], c.rms_norm_eps)
+        q, k = norm(q, "q_norm"), norm(k, "k_norm")
     if c.clip_qkv is not None:
         q, k, v = (jnp.clip(a, -c.clip_qkv, c.clip_qkv) for a in (q, k, v))
     q, k, v = (a.reshape(n, -1, c.head_dim) for a in (q, k, v))
     if c.qk_norm == "head":
-        q, k = rms_norm(q, p["q_norm"], c.rms_norm_eps), rms_norm(k, p["k_norm"], c.rms_norm_eps)
+        q, k = norm(q, "q_norm"), norm(k, "k_norm")
     return rotate(q, turn, c.rope) * c.attention_scale, {"k": rotate(k, turn, c.rope), "v": v}
 
 
-def project_latent(c: ModelConfig, p: Params, x: jax.Array, turn: Turn) -> tuple[jax.Array, Cache]:
+def project_latent(p: Layer, x: jax.Array, turn: Turn) -> tuple[jax.Array, Cache]:
     """The same with latent attention, absorbed: queries [n, heads, kv_rank + rope_dim] meet the latent itself."""
-    m = c.latent
+    c, m, n = p.run.model, p.run.model.latent, x.shape[0]
     assert m is not None
-    n = x.shape[0]
-    h = rms_norm(x, p["attn_norm"], c.rms_norm_eps)
     if m.q_rank is None:
-        q = h @ p["q"]
+        q = p.dense(x, "q", "attn_norm")
     else:
-        q = rms_norm(h @ p["q_a"] + p.get("q_a_bias", 0), p["q_a_norm"], m.norm_eps) @ p["q_b"]
+        q = p.dense(p.dense(x, "q_a", "attn_norm"), "q_b", "q_a_norm", m.norm_eps)
     q = q.reshape(n, c.num_heads, c.head_dim)
-    latent, k_rope = jnp.split(h @ p["kv_a"] + p.get("kv_a_bias", 0), [m.kv_rank], axis=-1)
-    latent = rms_norm(latent, p["kv_a_norm"], m.norm_eps)
-    q_latent = jnp.einsum("nhd,hdr->nhr", q[..., : m.nope_dim], p["k_up"])
+    latent, k_rope = jnp.split(p.dense(x, "kv_a", "attn_norm"), [m.kv_rank], axis=-1)
+    latent = rms_norm(latent, p.params["kv_a_norm"], m.norm_eps)
+    q_latent = p.by_head(q[..., : m.nope_dim], "k_up")
     q_rope = rotate(q[..., m.nope_dim :], turn, c.rope)
     k = jnp.concatenate([latent[:, None], rotate(k_rope[:, None], turn, c.rope)], axis=-1)
     return jnp.concatenate([q_latent, q_rope], axis=-1) * c.attention_scale, {"k": k}
 
 
 def layer(
-    run: Run,
-    p: Params,
+    p: Layer,
     experts: Params | None,
     table: jax.Array,
     x: jax.Array,
     index: jax.Array,
-    within: jax.Array,
     cache: Cache,
     e: Entries,
     position: jax.Array,
     turn: Turn,
     real: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    """One layer over the rows x [T, H]; real [T] tells rows from padding. `index` counts the model's layers, `within`
+    """One layer over the rows x [T, H]; real [T] tells rows from padding. `index` counts the model's layers, p.index
     the segment's. experts and table are the segment's. Returns x and the layer's new keys and values."""
-    c = run.model
+    run, c = p.run, p.run.model
     qkv = project_latent if c.latent else project
-    q, new = run.tiles(lambda x, turn: qkv(c, p, x, turn), e.num_tiles, x, turn)
+    q, new = run.tiles(partial(qkv, p), e.num_tiles, x, turn)
     value_dim = c.latent.kv_rank if c.latent else c.head_dim
-    if run.straight:
+    if run.kernels == "native":
+        a = native.attend(q, new, cache, index, position, e, value_dim, run.row_tile)
+    elif run.straight:
         a = attend_gathered(q, new, cache, index, position, e, value_dim, run.row_tile, run.prefill)
     else:
         a = attend(q, new, cache, index, position, e, value_dim, run.tile, run.row_tile, run.prefill)
 
     def after_attention(x: jax.Array, a: jax.Array) -> Any:
         if c.latent:
-            a = jnp.einsum("nhr,hrv->nhv", a, p["v_up"])
-        x = x + a.reshape(x.shape[0], -1) @ p["o"] + p.get("o_bias", 0)
-        h = rms_norm(x, p["mlp_norm"], c.rms_norm_eps)
+            a = p.by_head(a, "v_up")
+        x = p.dense(a.reshape(x.shape[0], -1), "o", residual=x)
         if experts is None:
-            return x + swiglu(h, p["gate_up"], p["down"])
-        ids, weights = route(c, h, p["router"], p.get("router_bias"))
-        shared = swiglu(h, p["shared_gate_up"], p["shared_down"]) if c.shared_intermediate_size else 0
-        return x + shared, h, ids, weights
+            return p.swiglu(x, norm="mlp_norm", residual=x)
+        h = rms_norm(x, p.params["mlp_norm"], c.rms_norm_eps)
+        ids, weights = route(c, p.router(h), p.params.get("router_bias"))
+        return p.swiglu(h, "shared_", residual=x) if c.shared_intermediate_size else x, h, ids, weights
 
     after = run.tiles(after_attention, e.num_tiles, x, a)
     if experts is None:
@@ -154,12 +199,12 @@ def layer(
         weights,
         experts["experts_gate_up"],
         experts["experts_down"],
-        within,
-        table[within],
+        p.index,
+        table[p.index],
         run.dispatch,
         run.expert_tile,
         spread=run.prefill,
-        ffn=expert_ffn_reference if run.reference or run.straight else expert_ffn,
+        ffn=run.ffn,
         deterministic=run.deterministic,
     )
     return x + y, new
@@ -179,6 +224,7 @@ def forward(
     norm, and the new keys and values [layers, T, kv_heads, dim]."""
     x = params["embed"][token].astype(run.dtype)
     turn = rotary(position, run.model.rope)
+    rows = e.num_tiles * run.row_tile
     news, first_moe = [], 0
     for p, (has_experts, first, layers) in zip(params["segments"], run.model.segments, strict=True):
         # Expert weights are cut out of their stack where they are used: scanned, every slot would be copied.
@@ -188,10 +234,16 @@ def forward(
         first_moe += layers * has_experts
 
         def body(
-            x: jax.Array, scanned: Any, experts: Any = experts, tables: jax.Array = tables, first: int = first
+            x: jax.Array,
+            scanned: Any,
+            experts: Any = experts,
+            rest: Params = rest,
+            tables: jax.Array = tables,
+            first: int = first,
         ) -> Any:
-            p, within = scanned
-            return layer(run, p, experts, tables, x, first + within, within, cache, e, position, turn, real)
+            params, within = scanned
+            p = Layer(run, params, rest, within, rows)
+            return layer(p, experts, tables, x, first + within, cache, e, position, turn, real)
 
         x, new = lax.scan(body, x, (rest, jnp.arange(layers)))
         news.append(new)
@@ -200,9 +252,13 @@ def forward(
 
 def logits(run: Run, params: Params, x: jax.Array, count: jax.Array) -> jax.Array:
     """float32 [n, V] of hidden states [n, H], the first `count` of them."""
+    eps = run.model.rms_norm_eps
+    if run.kernels == "native":
+        norm, head = params["final_norm"][None], params["lm_head"][None]
+        return native.dense(x, head, jnp.int32(0), count, norm, eps, dtype=jnp.float32)
 
-    def head(x: jax.Array) -> jax.Array:
-        h = rms_norm(x, params["final_norm"], run.model.rms_norm_eps)
+    def project(x: jax.Array) -> jax.Array:
+        h = rms_norm(x, params["final_norm"], eps)
         return jnp.dot(h, params["lm_head"], preferred_element_type=jnp.float32)
 
-    return run.tiles(head, (count + run.row_tile - 1) // run.row_tile, x)
+    return run.tiles(project, (count + run.row_tile - 1) // run.row_tile, x)

@@ -17,12 +17,11 @@ from moe_jax.kernels.expert_ffn import expert_ffn
 AXIS = "expert"
 
 
-def route(c: ModelConfig, h: jax.Array, router: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def route(c: ModelConfig, logits: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The chosen experts of each row, best first, and their weights: int32 and float32, both [rows, top_k].
 
-    h [rows, H]; router [H, E] float32; bias [E]. Groups: DeepSeek-V2 section 2.2.1 and DeepSeek-V3 section 2.1.2.
+    logits [rows, E] float32; bias [E]. Groups: DeepSeek-V2 section 2.2.1 and DeepSeek-V3 section 2.1.2.
     """
-    logits = jnp.dot(h.astype(jnp.float32), router, precision="highest")
     scores = jax.nn.sigmoid(logits) if c.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     choice = scores if bias is None else scores + bias
     if c.num_groups > 1:

@@ -26,8 +26,8 @@ from moe_jax.distributed import program_flags
 
 # The modules of this package whose source decides what is compiled.
 _SOURCES = (
-    *("attention", "batch_input", "config", "executables", "kernels/expert_ffn", "mesh", "model", "moe", "params"),
-    *("reduce", "sampling", "tiles"),
+    *("attention", "batch_input", "config", "executables", "kernels/expert_ffn", "kernels/native", "mesh", "model"),
+    *("moe", "params", "reduce", "sampling", "tiles"),
 )
 
 

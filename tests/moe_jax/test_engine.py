@@ -49,7 +49,7 @@ def test_without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = make_engine(ranks=2)
     tokens = run(expected, requests)
     looped = Executables.run
-    monkeypatch.setattr(Executables, "run", lambda *args: replace(looped(*args), straight=True))
+    monkeypatch.setattr(Executables, "run", lambda *args: replace(looped(*args), straight=True, kernels="xla"))
     monkeypatch.setattr("tests.engines.PROGRAMS", ProgramStore(None))
     engine = make_engine(ranks=2, warm_up=False)
     assert run(engine, requests) == tokens
