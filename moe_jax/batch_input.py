@@ -60,7 +60,7 @@ class Layout:
         """name -> (offset, shape), in int32 words."""
         rows, entries, samples = self.bucket.rows, self.num_entries, self.num_samples
         shapes = {
-            "counts": (7,),  # decode rows, tiles, samples, want_top, wish, bell, epoch
+            "counts": (8,),  # decode rows, tiles, samples, want_top, wish, bell, epoch, proof
             "token": (rows,),
             "position": (rows,),
             "page": (rows,),
@@ -87,7 +87,7 @@ class Layout:
             for name, (offset, shape) in self.fields.items()
         }
 
-    def pack(self, plan: StepPlan, wish: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
+    def pack(self, plan: StepPlan, wish: tuple[int, int, int, int] = (0, 0, 0, 0)) -> np.ndarray:
         """[size] int32. Raises ValueError when the plan does not fit the bucket."""
         if plan.rows > self.bucket.rows or len(plan.entries) > self.num_entries:
             raise ValueError(f"plan of {plan.rows} rows, {len(plan.entries)} entries does not fit {self.bucket}")
@@ -137,7 +137,7 @@ class Layout:
                 position=position,
             ),
             want_top=top > 0,
-            wish=f["counts"][4:7],
+            wish=f["counts"][4:8],
         )
 
 
@@ -148,15 +148,15 @@ def _sampling_words(p: SamplingParams) -> tuple[int, ...]:
 
 
 def pack_output(agreed: jax.Array, sampled: Sampled) -> jax.Array:
-    """agreed [3]; one int32 vector [3 + S * (2 + 2 * MAX_LOGPROBS)]."""
+    """agreed [4]; one int32 vector [4 + S * (2 + 2 * MAX_LOGPROBS)]."""
     bits = lambda x: lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
     parts = (agreed, sampled.token, bits(sampled.logprob), sampled.top_tokens, bits(sampled.top_logprobs))
     return jnp.concatenate([x.reshape(-1) for x in parts])
 
 
-def unpack_output(vector: np.ndarray, plan: StepPlan) -> tuple[tuple[int, int, int], list[HostSampled]]:
-    """What was agreed (level, bells, epoch), and what was sampled for each of plan.sampled."""
-    body = vector[3:]
+def unpack_output(vector: np.ndarray, plan: StepPlan) -> tuple[tuple[int, int, int, int], list[HostSampled]]:
+    """What was agreed (level, bells, epoch, proof), and what was sampled for each of plan.sampled."""
+    body = vector[4:]
     n = body.size // (2 + 2 * MAX_LOGPROBS)
     token, logprob = body[:n].tolist(), body[n : 2 * n].view(np.float32).tolist()
     out: list[HostSampled] = []
@@ -169,5 +169,5 @@ def unpack_output(vector: np.ndarray, plan: StepPlan) -> tuple[tuple[int, int, i
             at += n * MAX_LOGPROBS
             top = list(zip(ids, body[at : at + wanted].view(np.float32).tolist(), strict=True))
         out.append((token[i], logprob[i], top))
-    level, bells, epoch = vector[:3].tolist()
-    return (level, bells, epoch), out
+    level, bells, epoch, proof = vector[:4].tolist()
+    return (level, bells, epoch, proof), out

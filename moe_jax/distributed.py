@@ -146,7 +146,7 @@ def load_program(program: bytes, devices: Sequence[jax.Device]) -> Loaded:
 
 # Collectives that wait for a lost rank
 
-_RINGS = 12  # NCCL's threads have room for some dozens of connections, and those of the next mesh are rung, too
+_RINGS = 12  # NCCL's threads have room for some dozens of connections
 
 
 def _sockets() -> Iterator[socket.socket]:

@@ -95,6 +95,7 @@ class Engine:
         self.epoch_heard = 0
         self.epoch_agreed = 0
         self.steps = 0
+        self._tries = 0  # steps of this epoch, failed ones too; all its ranks count alike
         self.logits: dict[tuple[str, int], np.ndarray] = {}  # (request id, position) -> [V], with return_logits
 
     # Epochs
@@ -114,7 +115,7 @@ class Engine:
         else:
             self.fixed = self._fix(mesh, slots)
         self._prepared.clear()
-        self.mesh, self.epoch, self.level, self.epoch_agreed = mesh, epoch, 0, -1
+        self.mesh, self.epoch, self.level, self.epoch_agreed, self._tries = mesh, epoch, 0, -1, 0
         self.epoch_heard = max(self.epoch_heard, epoch)
         return seconds
 
@@ -130,14 +131,6 @@ class Engine:
         for bucket in self.buckets:
             if not bucket.score:
                 self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
-
-    def connect(self, mesh: ExpertMesh) -> None:
-        """Build the communicator of a mesh that may be entered later: all its ranks together, between the same two
-        steps, for a device runs its programs in order. Raises JaxRuntimeError if one of them is lost."""
-        connect = self.programs.load(self.programs.connection(mesh.size), mesh.devices)
-        ones = mesh.put([np.ones(1, np.int32) for _ in mesh.local], SHARDED)
-        for (total,) in connect([ones]):
-            assert int(np.asarray(total)[0]) == mesh.size
 
     def leave(self) -> None:
         """The epoch is over; no step until another one is entered."""
@@ -239,11 +232,12 @@ class Engine:
         level = max(self._level(rank) for rank in self.ranks) if alone else self.level
         bucket = self.buckets[(level or 1) - 1]
         plans = [self._plan(rank, bucket) for rank in self.ranks]
+        self._tries += 1
+        proof = 1 + (self.epoch << 16 ^ self._tries) % (1 << 30)  # that it is this step whose results are read
         try:
+            heard = self.bells_heard, self.epoch_heard, proof
             vectors = [
-                self.layouts[bucket].pack(
-                    plan, (0 if alone else self._level(rank), self.bells_heard, self.epoch_heard)
-                )[None]
+                self.layouts[bucket].pack(plan, (0 if alone else self._level(rank), *heard))[None]
                 for rank, plan in zip(self.ranks, plans, strict=True)
             ]
             batch = mesh.put(vectors, SHARDED)
@@ -251,6 +245,8 @@ class Engine:
             step = self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
             out, *rest = step([*self.fixed, *cache, batch])
             outputs = [np.asarray(shard)[0] for shard in out]  # blocks: errors surface here
+            if any(output[3] != proof for output in outputs):
+                raise jax.errors.JaxRuntimeError(f"epoch {self.epoch}: a step's collectives were aborted")
         except BaseException:
             for rank, plan in zip(self.ranks, plans, strict=True):
                 self._discard(rank, plan, bucket)
@@ -261,7 +257,7 @@ class Engine:
         seen = logits[0] if logits else [None] * len(self.ranks)
         events: list[TokenEvent] = []
         for rank, plan, output, scores in zip(self.ranks, plans, outputs, seen, strict=True):
-            (self.level, self.bells_answered, self.epoch_agreed), sampled = unpack_output(output, plan)
+            (self.level, self.bells_answered, self.epoch_agreed, _), sampled = unpack_output(output, plan)
             if bucket.score:
                 self._complete_score(rank, plan, np.asarray(scores)[0])
                 continue

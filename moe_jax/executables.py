@@ -48,9 +48,9 @@ compilations = CompileCounter()
 
 @dataclass(frozen=True)
 class Program:
-    """Which program: a step for a mesh of `ranks`, a write for that many of one process, or what connects a mesh."""
+    """Which program: a step for a mesh of `ranks`, or a write for so many ranks of one process."""
 
-    kind: Literal["step", "write", "connect"]
+    kind: Literal["step", "write"]
     bucket: Bucket
     ranks: int
 
@@ -80,16 +80,7 @@ class Executables:
     def wanted(self, ranks: int, local: int = 1) -> list[Program]:
         """What a mesh of `ranks`, `local` of them in this process, needs; most urgent first."""
         kinds: tuple[tuple[Literal["step", "write"], int], ...] = (("step", ranks), ("write", local))
-        programs = [Program(kind, bucket, size) for bucket in self.engine.buckets for kind, size in kinds]
-        return [*programs, self.connection(ranks)] if self.connects_ahead and ranks > 1 else programs
-
-    @property
-    def connects_ahead(self) -> bool:
-        """Whether a mesh's communicator can be built before the mesh is needed. Gloo's would be cut with the others."""
-        return self.kind != "cpu"
-
-    def connection(self, ranks: int) -> Program:
-        return Program("connect", self.engine.buckets[0], ranks)
+        return [Program(kind, bucket, size) for bucket in self.engine.buckets for kind, size in kinds]
 
     def key(self, program: Program) -> str:
         types = [str(t) for t in jax.tree.leaves(self.types)]
@@ -117,7 +108,7 @@ class Executables:
         """Compile for any `program.ranks` devices, and keep it."""
         mesh = ExpertMesh(tuple(devices))
         assert mesh.size == program.ranks, (program, devices)
-        build = {"step": self.step, "write": self.write, "connect": self.connect}[program.kind]
+        build = self.step if program.kind == "step" else self.write
         lowered = build(program.bucket, mesh).lower(*self.arguments(program, mesh))
         raw = serialize_program(lowered, self.engine.deterministic)
         self.store.put(self.key(program), raw)
@@ -131,8 +122,6 @@ class Executables:
             shape = mesh.global_shape(shape, p)
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh.mesh, p))
 
-        if program.kind == "connect":
-            return (spec((1,), np.int32, SHARDED),)
         cache = {n: spec(s, engine.dtype, STACKED) for n, s in attention.cache_shapes(model, engine).items()}
         batch = spec((1, Layout(bucket, engine).size), np.int32, SHARDED)
         if program.kind == "write":
@@ -163,11 +152,20 @@ class Executables:
         """(params, table, cache, batch [ranks, size]) -> (output [ranks, words], new K/V rows, logits or None)."""
         run, layout, engine = self.run(bucket, mesh.size), Layout(bucket, self.engine), self.engine
 
-        def agree(wish: jax.Array) -> jax.Array:
-            """wish [3]: the wanted level, the bells heard, the epoch known. All get the greatest level and the least
-            of the others, what every rank has heard of."""
+        def agree(wish: jax.Array, after: jax.Array) -> jax.Array:
+            """wish [4]: the wanted level, the bells heard, the epoch known, and the proof. All get the greatest level
+            and the least of the others, what every rank has heard of.
+
+            This is the step's last collective, behind whatever `after` comes from. NCCL's, when it is aborted, leaves
+            what was in its buffers and says nothing: so each rank puts the same number, another one in every step, in
+            a place of its own, and only a reduction that took place brings all of them."""
+            if mesh.size == 1:
+                return wish
             sign = jnp.array([1, -1, -1], wish.dtype)
-            return lax.pmax(wish * sign, AXIS) * sign if mesh.size > 1 else wish
+            proofs = jnp.where(jnp.arange(mesh.size) == lax.axis_index(AXIS), wish[3], 0)
+            mine, _ = lax.optimization_barrier((jnp.concatenate([wish[:3] * sign, proofs]), after))
+            all_of_us = lax.pmax(mine, AXIS)
+            return jnp.append(all_of_us[:3] * sign, all_of_us[3:].min())
 
         @partial(jax.jit, keep_unused=True)
         @partial(
@@ -182,9 +180,9 @@ class Executables:
             x, new = forward(run, params, table, cache, b.token, b.position, b.entries, b.page >= 0)
             if bucket.score:
                 scores = logits(run, params, x, b.entries.num_tiles * engine.row_tile)
-                return agree(b.wish)[None], new, log_softmax(scores)[None]
+                return agree(b.wish, x)[None], new, log_softmax(scores)[None]
             scores = logits(run, params, x[b.sample_row], b.num_sampled)
-            out = pack_output(agree(b.wish), sample(scores, b.sampling, b.want_top))
+            out = pack_output(agree(b.wish, x), sample(scores, b.sampling, b.want_top))
             return out[None], new, scores[None] if engine.return_logits else None
 
         return step
@@ -206,12 +204,6 @@ class Executables:
             return attention.write(cache, new, b.position, b.page)
 
         return write
-
-    def connect(self, bucket: Bucket, mesh: ExpertMesh) -> Any:
-        """[ranks] -> their sum, for each of them: the least that makes XLA build the mesh's communicator."""
-        del bucket
-        psum = partial(lax.psum, axis_name=AXIS)
-        return jax.jit(jax.shard_map(psum, mesh=mesh.mesh, in_specs=SHARDED, out_specs=SHARDED, check_vma=False))
 
 
 def choose(kernels: str, kind: str) -> Any:

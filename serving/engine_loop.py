@@ -16,7 +16,6 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,8 +38,6 @@ _CUT_EVERY = 0.01  # seconds; sockets may still be opening while they are shut
 _CUT_FOR = 2.0  # seconds; leaving takes some hundredths
 _BARRIER = 60.0  # seconds; the coordinator gives up on this rank before that
 _TICK = 0.002
-_CONNECTED = 8  # communicators built ahead in an epoch: each takes memory on the device
-_CONNECT_EVERY = 32  # steps between two of them, for each is a pause of some tenths of a second
 
 
 class Aborted(RuntimeError):
@@ -60,8 +57,6 @@ class EngineLoop:
         self._inside = 0  # the epoch in whose collectives the main thread is
         self._gate = threading.Lock()  # held to change `_inside`, and to cut what is inside
         self._cut = 0.0  # when a cut was asked for
-        self._unconnected: deque[ExpertMesh] = deque()  # meshes that a loss would leave, without a communicator yet
-        self._connect_at = 0  # engine.steps at which the next of them gets one
         self._said = time.monotonic()
 
     def run(self, inbox: Inbox) -> None:
@@ -90,7 +85,6 @@ class EngineLoop:
             self.enter()
         elif not self.engine.parked:
             self.step()
-        self._connect_ahead()
 
     def handle(self, message: Message) -> None:
         """Obey one command. A request is sent before the bell that announces it, so whoever heard the bell has it."""
@@ -185,10 +179,6 @@ class EngineLoop:
             engine.leave()
             return
         if engine.epoch == number and engine.mesh is not None:
-            ahead = body.get("ahead", ())[:_CONNECTED] if engine.programs.connects_ahead else ()
-            self._unconnected = deque(_mesh(nodes) for order, nodes in ahead if len(order) > 1)
-            # Right after a loss nobody shall wait again; before the next one there may be an idle moment.
-            self._connect_at = engine.steps + (1 << 60 if body["shrink"] else _CONNECT_EVERY)
             ms["first_step"] = 1e3 * (time.monotonic() - before)
             compiled = compilations.count - counted
             self._send({"type": "entered", "epoch": number, "ms": ms, "compilations": compiled})
@@ -210,16 +200,6 @@ class EngineLoop:
                 return
             engine.prepare(mesh, np.array(body["slots"], np.int32)[:, order])
         self._send({"type": "prepared", "epoch": body["number"]})
-
-    def _connect_ahead(self) -> None:
-        """Build the communicator of one mesh, or of all while nobody waits. All ranks count the epoch's steps alike and
-        agree on parking, so they do it between the same two steps; a rank outside the mesh waits in its next one."""
-        engine = self.engine
-        while self._unconnected and engine.mesh is not None and (engine.level == 0 or engine.steps >= self._connect_at):
-            mesh = self._unconnected.popleft()
-            self._connect_at = engine.steps + _CONNECT_EVERY
-            if mesh.local and not self._run(lambda mesh=mesh: engine.connect(mesh)):
-                return
 
     def _barrier(self, number: int, nodes: list[int]) -> None:
         """Meet the other ranks at the JAX service. In a thread, for a rank may be lost on its way there; then the
@@ -257,8 +237,16 @@ class EngineLoop:
 
     def step(self) -> None:
         """One step; its tokens leave as one message. When it fails the epoch is over, and the step did not happen."""
-        engine, events = self.engine, []
-        if not self._run(lambda: events.extend(engine.step())):
+        engine = self.engine
+        try:
+            with self._collective(engine.epoch):
+                events = engine.step()
+        except Aborted:
+            engine.leave()
+            return
+        except jax.errors.JaxRuntimeError as e:
+            engine.leave()
+            self._failed(engine.epoch, str(e))
             return
         now = time.monotonic()
         if events or now - self._said >= HEARTBEAT:
@@ -267,21 +255,6 @@ class EngineLoop:
             self._send({"type": "events", "epoch": engine.epoch, "steps": engine.steps, "events": packed})
         for number, job in list(self._scores.items()):
             self._send_scores(number, job)
-
-    def _run(self, collective: Callable[[], None]) -> bool:
-        """Something that waits for the others. False: it failed, and with it the epoch."""
-        engine = self.engine
-        try:
-            with self._collective(engine.epoch):
-                collective()
-        except Aborted:
-            engine.leave()
-            return False
-        except jax.errors.JaxRuntimeError as e:
-            engine.leave()
-            self._failed(engine.epoch, str(e))
-            return False
-        return True
 
     def status(self) -> dict[str, Any]:
         engine = self.engine
