@@ -187,6 +187,11 @@ class Engine:
         """Queue a request on the `rank`-th of this process's ranks. Raises as Scheduler.add."""
         self.ranks[rank].scheduler.add(request, accepted)
 
+    @property
+    def request_ids(self) -> list[str]:
+        """Of all requests that are here."""
+        return [request_id for rank in self.ranks for request_id in rank.scheduler.request_ids]
+
     def cancel(self, request_id: str) -> bool:
         return any(rank.scheduler.cancel(request_id) for rank in self.ranks)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from serving.protos import cluster_pb2_grpc as rpc
 from serving.recoveries import Recoveries
 from serving.router import Listener, Oblivion, Router
 from serving.service_process import ServiceProcess
+from serving.takeover import Takeover
 from serving.worker import GRPC_OPTIONS, PROTOCOL
 from serving.worker_stream import ClusterService, WorkerStream
 
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _TICK = 0.2  # seconds, unless something is due before
 _STOOD_STILL = 0.5  # seconds between two ticks
+_FENCED = 64  # incarnations that are remembered
 _PATIENCE = 1.0  # seconds for workers to go at the end
 
 
@@ -87,6 +90,11 @@ class Coordinator:
         self._closed = False
         self._server: grpc.aio.Server | None = None
         self._frames = FrameServer()
+        self._takeover: Takeover | None = None  # while it lasts, membership is not told of anything
+        self._early: list[WorkerStream] = []  # that came meanwhile and have no part in it
+        self._taken_over: list[int] = []  # ranks
+        self._inherited = self._numbers[1]  # incarnations up to this one are another coordinator's
+        self._lost: list[int] = list(self._journal.get("lost", ()) or ())  # incarnations, the last that were fenced
 
     async def start(self, address: str = "127.0.0.1:0", faces: Sequence[Callable[[grpc.aio.Server], None]] = ()) -> str:
         """Listen; returns "host:port". `faces` may add other services to the server. Raises OSError if it is taken."""
@@ -99,6 +107,7 @@ class Coordinator:
         except RuntimeError as e:
             raise OSError(f"address {address}: cannot listen there: {e}") from None
         self._frames.start(address.rpartition(":")[0].strip("[]"))
+        self._find_predecessor()
         await self._server.start()
         self.address = f"{address.rpartition(':')[0]}:{port}"
         self._tick()
@@ -164,8 +173,20 @@ class Coordinator:
     def worker_came(self, stream: WorkerStream) -> None:
         if stream.version != PROTOCOL:
             return stream.dismiss(f"found protocol {stream.version!r}, expected {PROTOCOL!r}: install the same version")
-        if stream.claimed:
+        if self._takeover is not None:
+            if self._takeover.expects(stream.rank, stream.claimed):
+                self._attach(stream)
+            else:
+                self._early.append(stream)
+                if not stream.claimed:
+                    self._takeover.replaced(stream.rank)
+                    self._look_at_takeover()
+            return
+        if stream.claimed > self._inherited:
             return stream.dismiss(f"rank {stream.rank} was lost as incarnation {stream.claimed}")
+        self._register(stream)
+
+    def _register(self, stream: WorkerStream) -> None:
         incarnation, actions = self._membership.hello(stream.rank, stream.host, time.monotonic())
         self._keep_numbers()
         stream.welcome(incarnation)
@@ -176,7 +197,7 @@ class Coordinator:
 
     def worker_beat(self, stream: WorkerStream, running: bool, stopped: bool) -> None:
         rank, incarnation, now = stream.rank, stream.incarnation, time.monotonic()
-        if not incarnation or self._closed:
+        if not incarnation or self._closed or self._takeover is not None:
             return
         done = stream.steps, self.router.ledger.load(Place(rank, incarnation)).jobs > 0
         if done != stream.told:
@@ -187,7 +208,7 @@ class Coordinator:
         self._do(self._membership.heartbeat(rank, incarnation, now, running, stopped))
 
     def worker_ended(self, stream: WorkerStream, reason: str) -> bool:
-        if not stream.incarnation or stream.dismissed is not None or self._closed:
+        if not stream.incarnation or stream.dismissed is not None or self._closed or self._takeover is not None:
             return False
         if stream.generation not in self._services:
             return True  # it died with the JAX service; another will be started
@@ -200,14 +221,19 @@ class Coordinator:
         return False
 
     def worker_mute(self, stream: WorkerStream, reason: str = "its engine cannot be heard") -> None:
-        if stream.incarnation and not self._closed and stream.dismissed is None:
+        if self._takeover is not None:
+            self._takeover.gone(stream.rank)
+        elif stream.incarnation and not self._closed and stream.dismissed is None:
             stream.ill_since = time.monotonic()
             self._do(self._membership.lost(stream.rank, stream.incarnation, reason, stream.ill_since))
 
     def worker_gone(self, stream: WorkerStream, reason: str) -> None:
         now = time.monotonic()
         stream.ill_since = stream.ill_since or now
-        if stream.incarnation and not self._closed:
+        if self._takeover is not None:
+            self._takeover.gone(stream.rank)
+            self._early = [s for s in self._early if s is not stream]
+        elif stream.incarnation and not self._closed:
             self._do(self._membership.lost(stream.rank, stream.incarnation, reason, now))
         self._streams = {i: s for i, s in self._streams.items() if s is not stream}
         if self._current.get(stream.rank) is stream:
@@ -222,6 +248,10 @@ class Coordinator:
             match body["type"]:
                 case "started":
                     stream.engine_pid = body["pid"]
+                case "adopted":
+                    self._adopted(stream, body)
+                case _ if self._takeover is not None:
+                    pass  # not before it is clear who is who
                 case "events":
                     stream.steps = body.get("steps", stream.steps + 1)
                     self.router.take_events(rank, incarnation, body["events"])
@@ -250,6 +280,10 @@ class Coordinator:
     # What the JAX service does (service_process.ServiceEvents)
 
     def service_started(self, service: ServiceProcess) -> None:
+        if self._takeover is not None:
+            return self._look_at_takeover()
+        nodes = self._nodes[service.generation]
+        self.router.keep(lambda: self._journal.put("service", [service.generation, nodes, service.name]))
         self._do(self._membership.service_up(service.generation, time.monotonic()))
 
     def service_fenced(self, service: ServiceProcess, node: int) -> None:
@@ -262,7 +296,78 @@ class Coordinator:
     def service_failed(self, service: ServiceProcess, reason: str) -> None:
         log.warning("%s", reason)
         self._services.pop(service.generation, None)
+        if self._takeover is not None:
+            return self._end_takeover()
         self._do(self._membership.service_lost(service.generation, time.monotonic()))
+
+    # Another coordinator's workers (serving.takeover)
+
+    def _find_predecessor(self) -> None:
+        epoch, service = self._journal.last_epoch, self._journal.get("service")
+        if epoch is None or service is None:
+            return
+        generation, nodes, name = service
+        try:
+            process = ServiceProcess.take_over(generation, name, self)
+        except OSError as e:
+            return log.info("JAX service %d: not found: %s", generation, e)
+        if generation != epoch.generation or generation != self._membership.generation:
+            return process.close()  # another generation was being started: let it start anew
+        self._services[generation], self._nodes[generation] = process, tuple(nodes)
+        self._takeover = Takeover(epoch, tuple(nodes), set(self._lost), time.monotonic())
+
+    def _attach(self, stream: WorkerStream) -> None:
+        """Have the worker's engine say where it stands."""
+        assert self._takeover is not None
+        stream.attach(stream.claimed, self._takeover.epoch.generation, lambda: stream.send({"type": "adopt"}))
+        self._streams[stream.incarnation] = self._current[stream.rank] = stream
+
+    def _adopted(self, stream: WorkerStream, answer: dict[str, Any]) -> None:
+        if self._takeover is not None and self._current.get(stream.rank) is stream:
+            stream.device, stream.seconds = answer.get("device", stream.device), answer.get("seconds", {})
+            stream.answers["programs"] = {"sizes": answer.get("sizes", [])}
+            self.router.bell = max(self.router.bell, answer["bells"])
+            self._takeover.answered(stream.rank, answer, time.monotonic())
+            self._look_at_takeover()
+
+    def _look_at_takeover(self) -> None:
+        """Whether it is time to go on. The service must have said where it is, for ranks that join."""
+        takeover = self._takeover
+        if takeover is None or not takeover.over(time.monotonic()):
+            return
+        service = self._services.get(takeover.epoch.generation)
+        if service is not None and service.address is not None:
+            self._end_takeover()
+
+    def _end_takeover(self) -> None:
+        takeover, self._takeover = self._takeover, None
+        assert takeover is not None
+        now, epoch = time.monotonic(), takeover.epoch
+        found = [self._current[rank] for rank in sorted(takeover.answers)]
+        others = [s for s in self._current.values() if s not in found] + self._early
+        self._early.clear()
+        self._streams = {s.incarnation: s for s in found}
+        self._current = {s.rank: s for s in found}
+        if epoch.generation in self._services and found:
+            log.info("took over ranks %s in epoch %d", [s.rank for s in found], epoch.number)
+            self._served = True
+            self._taken_over = [s.rank for s in found]
+            orders = self._journal.orders(epoch.generation)
+            self._epochs = dict.fromkeys(epoch.incarnations, len(orders))  # at most
+            actions = self._membership.take_over(epoch, takeover.nodes, orders, takeover.entered, now)
+            if self._membership.state == "SERVING":
+                self.router.serve({s.rank: s.incarnation for s in found}, ())
+                self.router.wake()  # some may wait inside a step for others, which have heard no bell
+            self._do(actions)
+        else:
+            others += found
+            self._streams, self._current = {}, {}
+            for service in self._services.values():
+                service.close()
+            self._services.clear()
+        for stream in others:
+            stream.disconnect()
+            self._register(stream)
 
     # Actions
 
@@ -337,7 +442,8 @@ class Coordinator:
         try:
             cluster = self.cluster
             module, host = cluster.service, cluster.service_host
-            service = ServiceProcess(generation, len(nodes), module, host, cluster.environ, self)
+            outlives = not isinstance(self._journal, Oblivion)
+            service = ServiceProcess.start(generation, len(nodes), module, host, cluster.environ, self, outlives)
         except OSError as e:
             log.error("JAX service: cannot be started: %s", e)
             return self._do(self._membership.service_lost(generation, time.monotonic()))
@@ -345,6 +451,8 @@ class Coordinator:
 
     def _fence(self, rank: int, incarnation: int, generation: int, node: int, now: float) -> None:
         service, stream = self._services.get(generation), self._streams.get(incarnation)
+        self._lost = [*self._lost, incarnation][-_FENCED:]
+        self.router.keep(lambda: self._journal.put("lost", self._lost))
         self._recoveries.fence(now if stream is None else stream.ill_since or stream.heard, now)
         if service is not None:
             self._fences.setdefault((generation, node), deque()).append((rank, incarnation))
@@ -423,13 +531,15 @@ class Coordinator:
         self._timer = asyncio.get_running_loop().call_at(self._tick_at, self._tick)
         for service in list(self._services.values()):
             service.look(now)
+        if self._takeover is not None:
+            return self._look_at_takeover()
         self._do(self._membership.tick(now))
         if self._membership.state == "SERVING" and self.cluster.repairs is not None:
             self.cluster.repairs.work()
 
     def _plan_tick(self) -> None:
         """Sooner than planned, if something is due."""
-        if self._timer is not None and not self._closed and self._membership.due < self._tick_at - 0.001:
+        if self._timer is not None and not self._closed and not self._takeover and self._membership.due < self._tick_at - 0.001:
             self._timer.cancel()
             self._tick_at = max(self._membership.due, time.monotonic())
             self._timer = asyncio.get_running_loop().call_at(self._tick_at, self._tick)
@@ -489,6 +599,7 @@ class Coordinator:
             "compilations": self._compiled,
             "recoveries": self._recoveries.changes(),
             "switches": self._recoveries.switches(),
+            "coordinator": {"pid": os.getpid(), "took_over": self._taken_over},
             "service_pid": next((s.pid for s in reversed(self._services.values())), None),
             "requests": {
                 "open": len(self.router.ledger),

@@ -132,9 +132,12 @@ class Journal:
         return epoch, incarnation, generation
 
     def epoch(self, epoch: Epoch) -> None:
-        """To be kept before it is announced. Only the last hundred are."""
+        """To be kept before it is announced. Only the last hundred are, and all orders of the last generation."""
         body = vars(epoch) | {"slots": epoch.slots.shape}
         with self.transaction():
+            orders = self.orders(epoch.generation)
+            if epoch.order not in orders:
+                self.put("orders", [epoch.generation, [*orders, epoch.order]])
             slots = np.ascontiguousarray(epoch.slots, np.int32).tobytes()
             self._db.execute("REPLACE INTO epochs VALUES (?, ?, ?)", (epoch.number, json.dumps(body), slots))
             self._db.execute("DELETE FROM epochs WHERE number <= ?", (epoch.number - _EPOCHS,))
@@ -146,6 +149,11 @@ class Journal:
             fields["slots"] = np.frombuffer(slots, np.int32).reshape(fields["slots"])
             return Epoch(**fields)
         return None
+
+    def orders(self, generation: int) -> list[tuple[int, ...]]:
+        """The orders of ranks that this generation, the last one, has had."""
+        known, orders = self.get("orders", [0, []])
+        return [tuple(order) for order in orders] if known == generation else []
 
     # Requests
 

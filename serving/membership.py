@@ -28,7 +28,7 @@ incarnation is in no later epoch, and what it still says changes nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, permutations
 from typing import Any, Literal
@@ -299,6 +299,43 @@ class Membership:
     def restore_from(self, epoch: int, incarnation: int, generation: int) -> None:
         """Go on after a driver that died: `numbers` as it persisted them. Before the first event."""
         self._number, self._incarnation, self.generation = epoch, incarnation, generation
+
+    def take_over(
+        self,
+        epoch: Epoch,
+        nodes: tuple[int, ...],
+        used: Collection[tuple[int, ...]],
+        entered: Mapping[int, int],
+        now: float,
+    ) -> list[Action]:
+        """Go on with the workers of a driver that died, before the first event and after `restore_from`.
+
+        epoch, nodes, used: the last epoch that was persisted, the nodes of its generation, whose service lives, and the
+        orders it has seen. entered: of the epoch's ranks whose engines were found, the last epoch each has entered. If
+        that is this one for all, they serve. If not, the others are lost, and those here recover: it is not known who
+        waits for whom.
+        """
+        self.epoch, self._nodes, self._slots = epoch, nodes, epoch.slots
+        self._phase, self._fresh, self._stepping, self._served_ever = "run", False, True, True
+        self._base = plan if (plan := self.rules.plan(nodes)) is not None else epoch.slots
+        self._services, self._used = [epoch.generation], {epoch.order, *used}
+        self._members, self._oldest = list(epoch.order), epoch.number
+        for rank, incarnation in zip(epoch.order, epoch.incarnations, strict=True):
+            self._workers[rank] = Worker(rank, incarnation, incarnation, "ready", started=True)
+            self._timers.start(self.rules.heartbeat_timeout_s, now, "heartbeat", rank)
+        for rank in nodes:  # a new engine of theirs may have begun to join, and nobody knows of it any more
+            if rank not in epoch.order:
+                self._out.append(Fence(rank, 0, self.generation, nodes.index(rank)))
+                self._timers.start(self.rules.fence_timeout_s, now, "fence", rank, 0)
+        missing = [rank for rank in epoch.order if rank not in entered]
+        if missing:
+            self._lose(dict.fromkeys(missing, "it was not there when another coordinator took over"), now)
+        elif any(number != epoch.number for number in entered.values()):
+            self._note("loss", f"not all ranks had entered epoch {epoch.number} when the coordinator was lost", now)
+            self._halt(now)
+        else:
+            self._serve(epoch, now)
+        return self._advance(now)
 
     @property
     def numbers(self) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from moe_jax.request import Request, TokenEvent
 from serving.channel import Message, encode
 from serving.journal import Journal
 from serving.ledger import Entry, Ledger, Place, Score
+from serving.membership import Epoch
 from serving.recoveries import Recoveries
 
 Listener = Callable[[TokenEvent], None]
@@ -30,7 +31,11 @@ class Oblivion:
 
     last_numbers = (0, 0, 0)
     first_number = 1
+    last_epoch: Epoch | None = None
     unfinished: Sequence[Entry] = ()
+
+    def orders(self, generation: int) -> list[tuple[int, ...]]:
+        return []
 
     def transaction(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -38,7 +43,7 @@ class Oblivion:
     def _nothing(self, *what: Any) -> None:
         pass
 
-    numbers = epoch = accept = tokens = finish = ended = _nothing
+    numbers = epoch = accept = tokens = finish = ended = put = get = _nothing
 
 
 class Router:
@@ -134,6 +139,10 @@ class Router:
         for job in self.ledger.place(self.members):
             assert job.place is not None
             self._send(job.place.incarnation, encode(job.command()))
+        self.wake()
+
+    def wake(self) -> None:
+        """Ring, once this turn of the loop is over."""
         if not self._ringing:
             self._ringing = True
             asyncio.get_running_loop().call_soon(self._ring)

@@ -32,7 +32,7 @@ from serving.protos import cluster_pb2 as pb
 from serving.protos import cluster_pb2_grpc as rpc
 from serving.relay import Relay
 
-PROTOCOL = "2"  # of what is said on the stream; the coordinator dismisses any other
+PROTOCOL = "3"  # of what is said on the stream; the coordinator dismisses any other
 DISMISSED = 75  # EX_TEMPFAIL of sysexits.h: start it again
 HEARTBEAT = 0.2  # seconds
 GRPC_OPTIONS = (  # of both ends
@@ -46,7 +46,7 @@ GRPC_OPTIONS = (  # of both ends
 )
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # what `read` gives at the end of a stream
 _LOOK = 0.1  # seconds between two looks at the engine and the parent
-_RETRY = (0.1, 2.0)  # seconds: the first and the longest pause between two tries to reach the coordinator
+_RETRY = (0.05, 0.5)  # seconds: the first and the longest pause between two tries to reach the coordinator
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ class Supervisor:
                 self._start_engine(message.start)
             case "welcome":
                 self._incarnation = message.welcome.incarnation
+            case "attach":
+                self._attach_engine(message.attach)
             case "dismiss":
                 _say(f"dismissed: {message.dismiss.reason}")
                 self._exit(1 if self._failed else DISMISSED)
@@ -164,7 +166,7 @@ class Supervisor:
 
     def _start_engine(self, wanted: pb.StartEngine) -> None:
         self._end_engine()
-        self._failed = False
+        self._failed, self._incarnation = False, wanted.incarnation
         name, arguments = f"rank {self.options.rank}", [str(self.options.rank), "{fd}"]
         self._engine = engine = Child(name, self.options.engine, arguments, self._environ, log=2, session=False)
         loop = asyncio.get_running_loop()
@@ -175,11 +177,20 @@ class Supervisor:
         self._relay = Relay(
             engine.channel.fileno(),
             encode(json.loads(wanted.start_json)),
-            (self.options.coordinator.rpartition(":")[0].strip("[]"), wanted.port),
-            wanted.key.encode() + encode({"type": "started", "pid": engine.pid}),
+            self._frames_at(wanted.port),
+            _greeting(wanted.key, engine),
             ended,
         )
         engine.channel.close()  # the relay has it now
+
+    def _attach_engine(self, wanted: pb.Attach) -> None:
+        """The coordinator follows another one. If that fails it hears nothing of this engine, and has us replace it."""
+        if self._engine is not None and self._relay is not None:
+            arguments = self._frames_at(wanted.port), _greeting(wanted.key, self._engine)
+            asyncio.get_running_loop().run_in_executor(None, self._relay.attach, *arguments)
+
+    def _frames_at(self, port: int) -> tuple[str, int]:
+        return self.options.coordinator.rpartition(":")[0].strip("[]"), port
 
     def _engine_ended(self, engine: Child) -> None:
         if engine is not self._engine:
@@ -213,6 +224,10 @@ class Supervisor:
                 self._outgoing.put_nowait(pb.WorkerMessage(heartbeat=beat))
                 said, said_at = beat, now
             await asyncio.sleep(_LOOK)
+
+
+def _greeting(key: str, engine: Child) -> bytes:
+    return key.encode() + encode({"type": "started", "pid": engine.pid})
 
 
 def _say(text: str) -> None:

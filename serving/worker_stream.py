@@ -9,6 +9,7 @@ import asyncio
 import json
 import socket
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
@@ -56,8 +57,21 @@ class WorkerStream:
         self.answers.clear()
         self.generation, self.engine_pid, self.steps, self.error, self.told = generation, None, 0, None, None
         self._key = self._frames.expect(self._connected)
-        engine = pb.StartEngine(start_json=json.dumps(start), port=self._frames.port, key=self._key)
+        engine = pb.StartEngine(
+            start_json=json.dumps(start), port=self._frames.port, key=self._key, incarnation=self.incarnation
+        )
         self.control.put_nowait(pb.CoordinatorMessage(start=engine))
+
+    def attach(self, incarnation: int, generation: int, connected: Callable[[], None]) -> None:
+        """To the engine that it has, which another coordinator has started. `connected`: it may be spoken to."""
+
+        def reached(sock: socket.socket) -> None:
+            self._connected(sock)
+            connected()
+
+        self.incarnation, self.generation, self._key = incarnation, generation, self._frames.expect(reached)
+        attach = pb.Attach(port=self._frames.port, key=self._key)
+        self.control.put_nowait(pb.CoordinatorMessage(attach=attach))
 
     def dismiss(self, reason: str) -> None:
         if self.dismissed is None:

@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 
 import grpc
 import pytest
-import tokenizers
 
 import serving.api
 from moe_jax.request import Request, SamplingParams, TokenEvent
-from moe_jax.text import Tokenizer, full_text
+from moe_jax.text import full_text
 from serving.cluster import Cluster
 from serving.completions import MESSAGE_TOKENS, Completion
 from serving.journal import Journal
@@ -28,30 +27,11 @@ from serving.protos import inference_pb2_grpc as rpc
 from serving.server import Server
 from tests.serving.clusters import fake_cluster
 from tests.serving.fake_engine import tokens
+from tests.serving.hex_tokenizer import EOS, TOKENIZER, VOCABULARY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
 T = TypeVar("T")
-VOCABULARY = 32000
-EOS = 7
-
-
-def make_tokenizer() -> Tokenizer:
-    """Token i is i in hexadecimal digits and a space; every sixth ends with the first half of a character, every other
-    begins with the second half of one."""
-    written = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-    def piece(i: int) -> str:
-        first, last = ("©" if i % 2 else ""), ("Ã" if i % 6 == 0 else "")  # the bytes A9 and C3, which are é reversed
-        return first + written.pre_tokenize_str(f"{i:x} ")[0][0] + last
-
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({piece(i): i for i in range(VOCABULARY)}, piece(0)))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    return Tokenizer(backend)
-
-
-TOKENIZER = make_tokenizer()
 
 
 class Running:
