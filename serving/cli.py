@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_jax.batch import Counts
+    from serving.options import Options
 
 LLMFactory = Callable[..., Any]  # called as LLM is; returns a context manager that gives an Engine (moe_jax.batch)
 
@@ -315,14 +316,14 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     import os
 
     from moe_jax.llm import model_directory
-    from serving import server
     from serving.environment import guess_platform
+    from serving.options import Options
 
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
     given = llm_options(args)
     own = {name: given.pop(name) for name in ("hosts", "ranks_per_host", "load_format") if name in given}
     with _bad_input():
-        options = server.Options(
+        options = Options(
             model=model_directory(given.pop("model")),
             address=args.address,
             platform=args.platform or guess_platform(os.environ.get("JAX_PLATFORMS")),
@@ -333,12 +334,22 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
             log_dir=args.log_dir,
             **own,
         )
-        cluster, model = server.prepare(options)
         try:
-            asyncio.run(server.serve(options, cluster, model, lambda line: print(line, flush=True)))
+            asyncio.run(_serve(options, lambda line: print(line, flush=True)))
         except RuntimeError as error:
             raise Failure(str(error)) from error
     return 0
+
+
+async def _serve(options: Options, say: Callable[[str], None]) -> None:
+    """With a journal the coordinator may die, and so it is a process of its own, apart from what starts workers."""
+    if options.workers and options.journal is not None:
+        from serving.keeper import keep
+
+        return await keep(options, say)
+    from serving import server
+
+    await server.serve(options, *server.prepare(options), say)
 
 
 # -- worker ---------------------------------------------------------------------------------------------------------

@@ -62,11 +62,6 @@ class Repairs:
             self(*asked)
 
 
-def host_labels(hosts: int, ranks_per_host: int) -> tuple[str, ...]:
-    """Of each rank."""
-    return tuple(f"host{i}" for i in range(hosts) for _ in range(ranks_per_host))
-
-
 def make_cluster(
     path: Path,
     hosts: Sequence[str],

@@ -539,7 +539,9 @@ class Coordinator:
 
     def _plan_tick(self) -> None:
         """Sooner than planned, if something is due."""
-        if self._timer is not None and not self._closed and not self._takeover and self._membership.due < self._tick_at - 0.001:
+        if self._timer is None or self._closed or self._takeover is not None:
+            return
+        if self._membership.due < self._tick_at - 0.001:
             self._timer.cancel()
             self._tick_at = max(self._membership.due, time.monotonic())
             self._timer = asyncio.get_running_loop().call_at(self._tick_at, self._tick)

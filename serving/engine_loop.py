@@ -2,8 +2,8 @@
 announced, and unless parked take a step with the other ranks.
 
 Commands: epoch, abort, prefetch, add, cancel, bell, score, status, adopt. Answers: arrived, entered, failed, prepared,
-prefetched, events, score, status, adopted. Everything it has to say leaves through one function, so a test can stand in for the
-process.
+prefetched, events, score, status, adopted. Everything it has to say leaves through one function, so a test can stand in
+for the process.
 
 `adopt` comes from a coordinator that follows another one: drop all requests, and say which epoch this engine is in. It
 is answered in the inbox's thread, for the main one may wait for ranks that are no more.

@@ -5,12 +5,13 @@ It holds no device, so that no rank's death takes the service along. It says its
     fence {node}   shut a node's present incarnation out; answer fenced {node}
     forget {}      before node 0 starts again; answer forgot
 
-When the channel is closed it ends, or with the process that started it. With a NAME it first waits for another coordinator to connect to the abstract Unix
-socket of that name, and is told and obeys the same there (serving.takeover).
+When the channel is closed it ends, or with the process that started it. With a NAME it first waits for another
+coordinator to connect to the abstract Unix socket of that name, and obeys that one (serving.takeover).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -62,10 +63,8 @@ class Coordinators:
             return []
 
     def send(self, body: dict[str, Any]) -> None:
-        try:
+        with contextlib.suppress(ChannelClosed):  # seen by `receive`
             self._channel.send(body)
-        except ChannelClosed:
-            pass  # seen by `receive`
 
     def _next(self) -> Channel:
         while self._listening is not None:

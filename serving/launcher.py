@@ -93,6 +93,10 @@ class Launcher:
         """Do not start this host's workers again, until `start` says so: it was drained."""
         self._held.add(host)
 
+    def retire(self) -> None:
+        """Whatever ends from now on is not started again: `close` follows."""
+        self._restart = False
+
     def dismissed(self, rank: int, pid: int) -> None:
         """The coordinator has told this supervisor to exit. One that does not hear it, because it is stopped, is
         killed after a while, since nothing else would bring the rank back; not without restarts."""

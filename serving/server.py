@@ -10,19 +10,20 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from moe_jax.config import ModelConfig
 from moe_jax.text import Tokenizer
 from serving.api import Admin, Inference, add_to
-from serving.cluster import Cluster, host_labels, make_cluster
+from serving.cluster import Cluster, make_cluster
 from serving.coordinator import Coordinator, Watcher
-from serving.environment import Platform, compilation_cache, engine_environment
+from serving.environment import Platform, compilation_cache, engine_environment, host_labels
 from serving.journal import Journal
 from serving.launcher import Launcher
+from serving.options import Options
 from serving.recycling import recycle
 from serving.worker import DISMISSED
 
@@ -32,19 +33,20 @@ _STARTUP = 600.0  # seconds that an engine may take to join, to load and to comp
 _ATTEMPTS = 3  # ends of a rank's worker before the first epoch
 
 
-@dataclass(frozen=True)
-class Options:
-    model: Path
-    address: str  # host:port; port 0: any
-    platform: Platform
-    hosts: int = 1
-    ranks_per_host: int = 1
-    load_format: str = "auto"
-    engine: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineConfig
-    workers: bool = True  # start them here; else they come from other machines
-    restart: bool = True
-    journal: Path | None = None  # directories, made if need be
-    log_dir: Path | None = None
+class Launching(Protocol):
+    """Who starts the workers of this machine: a Launcher, or the way to one in another process."""
+
+    def dismissed(self, rank: int, pid: int) -> None: ...
+    def hold(self, host: str) -> None: ...
+    async def close(self) -> None: ...
+
+
+class Keeping(Launching, Protocol):
+    """The process that keeps this one."""
+
+    worker_ended: Callable[[int, int | None, str], None]  # to be set
+
+    def listening(self, address: str) -> None: ...
 
 
 def prepare(options: Options) -> tuple[Cluster, ModelConfig]:
@@ -88,7 +90,7 @@ class Server:
         self.watcher = Watcher(engine_failed=self._engine_failed, changed=self._changed, failed=self._journal_failed)
         self.coordinator = Coordinator(cluster, journal, self.watcher)
         self.inference = Inference(self.coordinator, tokenizer, vocab_size, eos_token_ids, journal, linger)
-        self.launcher: Launcher | None = None
+        self.launcher: Launching | None = None
         self.serving = asyncio.Event()  # has begun, once
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # raises it
         self._restart = restart
@@ -103,9 +105,9 @@ class Server:
             address, [lambda server: add_to(server, self.inference, Admin(self.coordinator))]
         )
 
-    def start_workers(self, platform: Platform, log_dir: Path | None = None) -> None:
+    def start_workers(self, platform: Platform, log_dir: Path | None = None) -> Launcher:
         """On this machine, as far as they belong to the cluster."""
-        self.launcher = Launcher(
+        launcher = Launcher(
             self.coordinator.address,
             self.cluster.rules.hosts,
             platform,
@@ -113,10 +115,16 @@ class Server:
             environ=self.cluster.environ,
             log_dir=log_dir,
             engine=self.cluster.engine,
-            ended=self._worker_ended,
+            ended=self.worker_ended,
         )
-        self.watcher.dismissed, self.watcher.drained = self.launcher.dismissed, self.launcher.hold
-        self.launcher.start()
+        self.use(launcher)
+        launcher.start()
+        return launcher
+
+    def use(self, launcher: Launching) -> None:
+        """Its workers are this cluster's."""
+        self.launcher = launcher
+        self.watcher.dismissed, self.watcher.drained = launcher.dismissed, launcher.hold
         if self._restart:
             self._recycling = asyncio.ensure_future(recycle(self.coordinator))
 
@@ -141,7 +149,7 @@ class Server:
         if self.launcher is not None and kind in ("CheckpointError", "ConfigError"):
             self._fail(ValueError(f"rank {rank}: {text}"))
 
-    def _worker_ended(self, rank: int, code: int | None, what: str) -> None:
+    def worker_ended(self, rank: int, code: int | None, what: str) -> None:
         log.info("%s", what)
         if code != DISMISSED:
             self._ends[rank] = self._ends.get(rank, 0) + 1
@@ -157,14 +165,22 @@ class Server:
             self.failure.set_exception(RuntimeError(f"journal: {error}"))
 
 
-async def serve(options: Options, cluster: Cluster, model: ModelConfig, say: Callable[[str], None]) -> None:
-    """Until SIGTERM or SIGINT. `say` gets one line, when requests are served for the first time.
+async def serve(
+    options: Options,
+    cluster: Cluster,
+    model: ModelConfig,
+    say: Callable[[str], None],
+    keeper: Keeping | None = None,
+    ended: asyncio.Event | None = None,
+) -> None:
+    """Until SIGTERM, SIGINT, or `ended`. `say` gets one line, when requests are served for the first time. keeper: it
+    has the local workers.
 
     Raises ValueError for what a worker or a journal found wrong with the model or the options, RuntimeError for
     workers that do not start or a journal that cannot be written, OSError for an address or a directory that cannot be
     used.
     """
-    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    ended, loop = ended or asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     for directory in (options.journal, options.log_dir):
@@ -178,7 +194,11 @@ async def serve(options: Options, cluster: Cluster, model: ModelConfig, say: Cal
     try:
         address = await server.start(options.address)
         log.info("%s: waiting for %d workers", address, len(cluster.rules.hosts))
-        if options.workers:
+        if keeper is not None:
+            server.use(keeper)
+            keeper.worker_ended = server.worker_ended
+            keeper.listening(address)
+        elif options.workers:
             server.start_workers(options.platform, options.log_dir)
         await asyncio.wait([stop, serving, server.failure], return_when=asyncio.FIRST_COMPLETED)
         if serving.done():

@@ -1,5 +1,5 @@
-"""How a coordinator goes on where another one died: it finds the JAX service and the workers of the last epoch, and asks
-their engines where they stand.
+"""How a coordinator goes on where another one died: it finds the JAX service and the workers of the last epoch, and
+asks their engines where they stand.
 
 What is known of the other one is in the journal. Workers and engines keep their weights and wait, but for a bounded
 time, and so does this: whoever has not answered in time is lost, as if it had been lost at any other moment. Requests

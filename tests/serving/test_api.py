@@ -21,6 +21,7 @@ from moe_jax.text import full_text
 from serving.cluster import Cluster
 from serving.completions import MESSAGE_TOKENS, Completion
 from serving.journal import Journal
+from serving.launcher import Launcher
 from serving.ledger import Entry
 from serving.protos import inference_pb2 as pb
 from serving.protos import inference_pb2_grpc as rpc
@@ -42,13 +43,12 @@ class Running:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
-        async def start() -> tuple[Server, str]:
+        async def start() -> tuple[Server, str, Launcher]:
             server = Server(cluster, Journal(journal), TOKENIZER, VOCABULARY, (EOS,), linger=0.5)
             address = await server.start("127.0.0.1:0")
-            server.start_workers("cpu")
-            return server, address
+            return server, address, server.start_workers("cpu")
 
-        self.server, self.address = self.run(start())
+        self.server, self.address, self.launcher = self.run(start())
         self.channel = grpc.insecure_channel(self.address)
         self.inference, self.admin = rpc.InferenceStub(self.channel), rpc.AdminStub(self.channel)
         self.until(lambda status: all(r["state"] == "live" for r in status["ranks"]))
@@ -313,7 +313,7 @@ def test_resource_exhausted(three, monkeypatch):
 def test_unavailable():
     """New requests are refused; one that was accepted goes on when there are enough ranks again."""
     with serving_cluster(fake_cluster(("a", "b"), slots=4, replication=1, fake={"step": 0.005}, **PATIENT)) as r:
-        r.server.launcher._restart = False  # type: ignore[union-attr]
+        r.launcher.retire()
         asked = request(400, request_id="accepted")
         call = r.inference.Generate(asked)
         begun = [next(call)]
@@ -325,7 +325,7 @@ def test_unavailable():
         begun_too = [next(attached)]
         with refused(grpc.StatusCode.FAILED_PRECONDITION, "UNSERVABLE"):
             r.admin.Drain(pb.DrainRequest(host="a"))
-        r.call(lambda: r.server.launcher.start([1]))  # type: ignore[union-attr]
+        r.call(lambda: r.launcher.start([1]))
         assert joined(begun + list(call)) == joined(begun_too + list(attached)) == expected(1, 400)
 
 
@@ -385,7 +385,7 @@ def test_drain(three):
     for i, call in enumerate(calls):
         assert joined(begun[i] + list(call)) == expected(i, 500)
     assert three.status()["ranks"][2]["state"] == "lost"
-    three.call(lambda: three.server.launcher.start([2]))
+    three.call(lambda: three.launcher.start([2]))
     three.until(lambda status: all(r["state"] == "live" for r in status["ranks"]))
 
 

@@ -1,5 +1,5 @@
-"""A coordinator that is killed, and another one that takes its workers over: no engine starts anew, and every stream has
-exactly the tokens it would have had alone. Engines compute nothing here; scripts/chaos.py has real ones.
+"""A coordinator that is killed, and another one that takes its workers over: no engine starts anew, and every stream
+has exactly the tokens it would have had alone. Engines compute nothing here.
 """
 
 from __future__ import annotations

@@ -1,0 +1,34 @@
+"""What `moe-jax serve` was asked to do. Imports nothing heavy: the process that keeps a coordinator needs no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serving.environment import Platform
+
+
+@dataclass(frozen=True)
+class Options:
+    model: Path
+    address: str  # host:port; port 0: any
+    platform: Platform
+    hosts: int = 1
+    ranks_per_host: int = 1
+    load_format: str = "auto"
+    engine: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineConfig
+    workers: bool = True  # start them here; else they come from other machines
+    restart: bool = True
+    grace: float = 20.0  # seconds in which a signal to end lets accepted requests finish
+    journal: Path | None = None  # directories, made if need be
+    log_dir: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> Options:
+        paths = {name: Path(given[name]) for name in ("model", "journal", "log_dir") if given[name] is not None}
+        return cls(**{**given, **paths})
