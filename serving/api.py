@@ -18,6 +18,7 @@ import grpc
 from moe_jax.request import Request, SamplingParams, TokenEvent
 from moe_jax.scheduler import QueueFull
 from moe_jax.text import Tokenizer
+from serving.access import audit, caller
 from serving.completions import Completion
 from serving.coordinator import Coordinator, Unavailable
 from serving.journal import Journal
@@ -264,13 +265,26 @@ class Admin(rpc.AdminServicer):
         return pb.StatusResponse(json=json.dumps(self._coordinator.status()))
 
     async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext) -> pb.DrainResponse:
+        what = f"Drain {request.host[:256]!r}"
         try:
             left = await self._coordinator.drain(request.host)
         except LookupError as e:
-            await context.abort(grpc.StatusCode.NOT_FOUND, str(e)[:_MAX_DETAILS])
+            await _refuse(context, what, grpc.StatusCode.NOT_FOUND, e)
         except Unavailable as e:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(e)[:_MAX_DETAILS])
+            await _refuse(context, what, grpc.StatusCode.FAILED_PRECONDITION, e)
+        _audit(context, what, "OK")
         return pb.DrainResponse(**left)
+
+
+async def _refuse(context: grpc.aio.ServicerContext, what: str, code: grpc.StatusCode, why: Exception) -> None:
+    _audit(context, what, code.name)
+    await context.abort(code, str(why)[:_MAX_DETAILS])
+
+
+def _audit(context: grpc.aio.ServicerContext, what: str, outcome: str) -> None:
+    """What an operator had done, or tried."""
+    who = {"key": caller().name, "peer": context.peer(), "outcome": outcome}
+    audit.info("%s by %r from %s: %s", what, who["key"], who["peer"], outcome, extra=who)
 
 
 def add_to(server: grpc.aio.Server, inference: Inference, admin: Admin) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from moe_jax.batch import Counts
     from serving.options import Options
 
+from serving.credentials import add_client, add_credentials, add_server
+
 LLMFactory = Callable[..., Any]  # called as LLM is; returns a context manager that gives an Engine (moe_jax.batch)
 
 
@@ -306,6 +308,7 @@ def configure_serve(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--platform", choices=("cpu", "cuda"), help="of the workers (default: a GPU if there is one)")
     group.add_argument("--journal", type=Path, metavar="DIR", help="requests are kept there and outlive this process")
     group.add_argument("--log-dir", type=Path, metavar="DIR", help="a log of each local worker")
+    add_server(parser)
     add_model_options(parser)
 
 
@@ -316,6 +319,7 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     import os
 
     from moe_jax.llm import model_directory
+    from serving.credentials import server_credentials
     from serving.environment import guess_platform
     from serving.options import Options
 
@@ -332,6 +336,7 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
             restart=not args.no_restart,
             journal=args.journal,
             log_dir=args.log_dir,
+            **server_credentials(args, args.workers == "local"),
             **own,
         )
         try:
@@ -361,6 +366,7 @@ def configure_worker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", required=True, metavar="NAME", help="label of the failure domain it belongs to")
     parser.add_argument("--platform", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="seconds to go on uncoordinated")
+    add_credentials(parser)
 
 
 def run_worker(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
@@ -369,11 +375,13 @@ def run_worker(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     import os
 
     from serving import worker
+    from serving.credentials import credentials
     from serving.environment import guess_platform
 
     with _bad_input():
         platform = args.platform or guess_platform(os.environ.get("JAX_PLATFORMS"))
-        options = worker.Options(args.coordinator, args.rank, args.host, platform, args.patience)
+        given = credentials(args)
+        options = worker.Options(args.coordinator, args.rank, args.host, platform, args.patience, **given)
         return asyncio.run(worker.supervise(options))
 
 
@@ -381,14 +389,15 @@ def run_worker(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
 
 
 @contextlib.contextmanager
-def _admin(address: str) -> Iterator[Any]:
-    """The Admin service of the coordinator there. What it refuses is bad input, what fails is a failure."""
+def _admin(args: argparse.Namespace) -> Iterator[Any]:
+    """The Admin service of a coordinator. What it refuses is bad input, what fails is a failure."""
     import grpc
 
     from serving.protos import inference_pb2_grpc as rpc
 
+    address = args.address
     refusals = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT)
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with _channel(args) as channel:
         try:
             yield rpc.AdminStub(channel)
         except grpc.RpcError as error:
@@ -400,15 +409,36 @@ def _admin(address: str) -> Iterator[Any]:
             raise Failure(reason) from None
 
 
-def configure_status(parser: argparse.ArgumentParser) -> None:
+def _channel(args: argparse.Namespace) -> Any:
+    import grpc
+
+    from serving.access import with_key
+    from serving.credentials import api_key, client_tls
+
+    with _bad_input():
+        tls, key = client_tls(args), api_key(args)
+    options = [("grpc.enable_http_proxy", 0)]
+    if tls is None:
+        channel = grpc.insecure_channel(args.address, options=options)
+    else:
+        channel = grpc.secure_channel(args.address, tls.channel_credentials(), options=options)
+    return channel if key is None else grpc.intercept_channel(channel, with_key(key))
+
+
+def _add_coordinator(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", type=_address, default=_ADDRESS, metavar="HOST:PORT", help="of the coordinator")
+    add_client(parser)
+
+
+def configure_status(parser: argparse.ArgumentParser) -> None:
+    _add_coordinator(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def run_status(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     from serving.protos import inference_pb2 as pb
 
-    with _admin(args.address) as admin:
+    with _admin(args) as admin:
         text = admin.Status(pb.StatusRequest(), timeout=10.0).json
     if args.json:
         print(text)
@@ -446,7 +476,7 @@ def _print_status(status: dict[str, Any]) -> None:
 
 def configure_drain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("host", metavar="HOST", help="label of the host that shall leave")
-    parser.add_argument("--address", type=_address, default=_ADDRESS, metavar="HOST:PORT", help="of the coordinator")
+    _add_coordinator(parser)
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for it to have left")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
@@ -454,12 +484,32 @@ def configure_drain(parser: argparse.ArgumentParser) -> None:
 def run_drain(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     from serving.protos import inference_pb2 as pb
 
-    with _admin(args.address) as admin:
+    with _admin(args) as admin:
         left = admin.Drain(pb.DrainRequest(host=args.host), timeout=args.timeout)
     if args.json:
         print(json.dumps({"host": args.host, "ranks": list(left.ranks), "epoch": left.epoch}))
     else:
         print(f"{args.host}: ranks {' '.join(map(str, left.ranks))} left; the cluster is in epoch {left.epoch}")
+    return 0
+
+
+# -- key ------------------------------------------------------------------------------------------------------------
+
+
+def configure_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="of whoever is to use it")
+    parser.add_argument("--admin", action="store_true", help="it may also drain hosts and the like")
+
+
+def run_key(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    """The key goes to stdout, once; what the file of keys has of it to stderr."""
+    from serving.access import draw_key
+
+    key, digest = draw_key()
+    print(key)
+    print(f"\nfor the file of --api-keys:\n\n[{json.dumps(args.name)}]\nsha256 = \"{digest}\"", file=sys.stderr)
+    if args.admin:
+        print("admin = true", file=sys.stderr)
     return 0
 
 
@@ -485,6 +535,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("worker", "Run one rank of a cluster whose coordinator is elsewhere.", configure_worker, run_worker),
     Command("status", "Show what a cluster is doing.", configure_status, run_status),
     Command("drain", "Move a host's requests to others and let it leave.", configure_drain, run_drain),
+    Command("key", "Draw an API key.", configure_key, run_key),
     Command("convert", "Write a serving checkpoint of a model.", configure_convert, run_convert),
 )
 

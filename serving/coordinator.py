@@ -22,7 +22,8 @@ import numpy as np
 from moe_jax import placement
 from moe_jax.request import Request
 from serving import membership as m
-from serving.channel import Message, encode
+from serving.access import Guard
+from serving.channel import MAX_MESSAGE, Message, encode
 from serving.cluster import Cluster
 from serving.frame_server import FrameServer
 from serving.journal import Journal
@@ -33,11 +34,21 @@ from serving.recoveries import Recoveries
 from serving.router import Listener, Oblivion, Router
 from serving.service_process import ServiceProcess
 from serving.takeover import Takeover
-from serving.worker import GRPC_OPTIONS, PROTOCOL
+from serving.tls import Tls
+from serving.worker import KEEPALIVE, PROTOCOL
 from serving.worker_stream import ClusterService, WorkerStream
 
 log = logging.getLogger(__name__)
 
+MAX_REQUEST = 4 << 20  # bytes of a message to this server: a prompt of a million tokens
+SERVER_OPTIONS = (
+    *KEEPALIVE,
+    ("grpc.max_receive_message_length", MAX_REQUEST),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.http2.min_time_between_pings_ms", 5_000),
+    ("grpc.so_reuseport", 0),
+)
 _TICK = 0.2  # seconds, unless something is due before
 _STOOD_STILL = 0.5  # seconds between two ticks
 _FENCED = 64  # incarnations that are remembered
@@ -63,8 +74,18 @@ class Watcher:
 class Coordinator:
     """Belongs to the running event loop; no method may be called from elsewhere."""
 
-    def __init__(self, cluster: Cluster, journal: Journal | None = None, watcher: Watcher | None = None) -> None:
-        """Without a journal nothing outlives this process. With one, the requests that are in it go on."""
+    def __init__(
+        self,
+        cluster: Cluster,
+        journal: Journal | None = None,
+        watcher: Watcher | None = None,
+        tls: Tls | None = None,
+        guard: Guard | None = None,
+    ) -> None:
+        """Without a journal nothing outlives this process. With one, the requests that are in it go on.
+
+        tls, guard: for all who connect; without them everybody may, in plain text.
+        """
         self.cluster, self.watcher = cluster, watcher or Watcher()
         self.address = ""
         self._membership = Membership(cluster.rules)
@@ -89,7 +110,8 @@ class Coordinator:
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._server: grpc.aio.Server | None = None
-        self._frames = FrameServer()
+        self._tls, self._guard = tls, guard
+        self._frames = FrameServer(None if tls is None else tls.server_context())
         self._takeover: Takeover | None = None  # while it lasts, membership is not told of anything
         self._early: list[WorkerStream] = []  # that came meanwhile and have no part in it
         self._taken_over: list[int] = []  # ranks
@@ -98,12 +120,16 @@ class Coordinator:
 
     async def start(self, address: str = "127.0.0.1:0", faces: Sequence[Callable[[grpc.aio.Server], None]] = ()) -> str:
         """Listen; returns "host:port". `faces` may add other services to the server. Raises OSError if it is taken."""
-        self._server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.so_reuseport", 0)])
+        guards = [] if self._guard is None else [self._guard]
+        self._server = grpc.aio.server(interceptors=guards, options=SERVER_OPTIONS)
         rpc.add_ClusterServicer_to_server(ClusterService(self, self._frames), self._server)
         for face in faces:
             face(self._server)
         try:
-            port = self._server.add_insecure_port(address)
+            if self._tls is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._tls.server_credentials())
         except RuntimeError as e:
             raise OSError(f"address {address}: cannot listen there: {e}") from None
         self._frames.start(address.rpartition(":")[0].strip("[]"))

@@ -152,6 +152,8 @@ class Keeper:
             restart=options.restart,
             log_dir=options.log_dir,
             ended=self._worker_ended,
+            tls=options.tls,
+            token=options.cluster_token,
         )
         self._launcher.start()
 

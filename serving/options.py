@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from serving.environment import Platform
+from serving.tls import Tls
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,20 @@ class Options:
     engine: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineConfig
     workers: bool = True  # start them here; else they come from other machines
     restart: bool = True
+    tls: Tls | None = None
+    api_keys: Path | None = None
+    cluster_token: str | None = None
     grace: float = 20.0  # seconds in which a signal to end lets accepted requests finish
     journal: Path | None = None  # directories, made if need be
     log_dir: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
+        return json.loads(json.dumps(asdict(self), default=str))
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> Options:
-        paths = {name: Path(given[name]) for name in ("model", "journal", "log_dir") if given[name] is not None}
-        return cls(**{**given, **paths})
+        paths = ("model", "journal", "log_dir", "api_keys")
+        options = {name: Path(v) if name in paths and v is not None else v for name, v in given.items()}
+        if tls := options.pop("tls"):
+            options["tls"] = Tls(**{name: Path(v) if isinstance(v, str) else v for name, v in tls.items()})
+        return cls(**options)

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from moe_jax.config import ModelConfig
 from moe_jax.text import Tokenizer
+from serving.access import Guard, Key, read_keys
 from serving.api import Admin, Inference, add_to
 from serving.cluster import Cluster, make_cluster
 from serving.coordinator import Coordinator, Watcher
@@ -25,6 +26,7 @@ from serving.journal import Journal
 from serving.launcher import Launcher
 from serving.options import Options
 from serving.recycling import recycle
+from serving.tls import Tls
 from serving.worker import DISMISSED
 
 log = logging.getLogger(__name__)
@@ -84,11 +86,16 @@ class Server:
         eos_token_ids: tuple[int, ...],
         restart: bool = True,
         linger: float = 1.0,
+        tls: Tls | None = None,
+        keys: tuple[Key, ...] | None = None,
+        token: str | None = None,
     ) -> None:
-        """vocab_size, eos_token_ids, linger: as in Inference."""
+        """vocab_size, eos_token_ids, linger: as in Inference. tls: of all connections. keys: of clients; None: all are
+        let in. token: of the workers; None: all are."""
         self.cluster, self.journal = cluster, journal
         self.watcher = Watcher(engine_failed=self._engine_failed, changed=self._changed, failed=self._journal_failed)
-        self.coordinator = Coordinator(cluster, journal, self.watcher)
+        self.coordinator = Coordinator(cluster, journal, self.watcher, tls, Guard(keys, token))
+        self._tls, self._token = tls, token
         self.inference = Inference(self.coordinator, tokenizer, vocab_size, eos_token_ids, journal, linger)
         self.launcher: Launching | None = None
         self.serving = asyncio.Event()  # has begun, once
@@ -116,6 +123,8 @@ class Server:
             log_dir=log_dir,
             engine=self.cluster.engine,
             ended=self.worker_ended,
+            tls=self._tls,
+            token=self._token,
         )
         self.use(launcher)
         launcher.start()
@@ -189,7 +198,18 @@ async def serve(
     tokenizer = Tokenizer.from_directory(options.model)
     journal = Journal(None if options.journal is None else options.journal / "journal.sqlite")
     eos = tokenizer.eos_token_ids or model.eos_token_ids
-    server = Server(cluster, journal, tokenizer, model.vocab_size, tuple(eos), options.restart)
+    keys = None if options.api_keys is None else read_keys(options.api_keys)
+    server = Server(
+        cluster,
+        journal,
+        tokenizer,
+        model.vocab_size,
+        tuple(eos),
+        options.restart,
+        tls=options.tls,
+        keys=keys,
+        token=options.cluster_token,
+    )
     stop, serving = asyncio.create_task(ended.wait()), asyncio.create_task(server.serving.wait())
     try:
         address = await server.start(options.address)

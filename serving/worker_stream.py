@@ -99,7 +99,7 @@ class WorkerStream:
 
     def _connected(self, sock: socket.socket) -> None:
         self._decoder = Decoder()
-        self._pipe = Pipe(sock.fileno(), self._received, lambda: self._workers.worker_mute(self))
+        self._pipe = Pipe(sock, self._received, lambda: self._workers.worker_mute(self))
 
     def _received(self, frames: bytes) -> None:
         try:

@@ -18,6 +18,7 @@ import pytest
 import serving.api
 from moe_jax.request import Request, SamplingParams, TokenEvent
 from moe_jax.text import full_text
+from serving.access import with_key
 from serving.cluster import Cluster
 from serving.completions import MESSAGE_TOKENS, Completion
 from serving.journal import Journal
@@ -26,6 +27,7 @@ from serving.ledger import Entry
 from serving.protos import inference_pb2 as pb
 from serving.protos import inference_pb2_grpc as rpc
 from serving.server import Server
+from serving.tls import Tls
 from tests.serving.clusters import fake_cluster
 from tests.serving.fake_engine import tokens
 from tests.serving.hex_tokenizer import EOS, TOKENIZER, VOCABULARY
@@ -38,18 +40,25 @@ T = TypeVar("T")
 class Running:
     """A server in an event loop of its own, with clients that block."""
 
-    def __init__(self, cluster: Cluster, journal: Any = None) -> None:
+    def __init__(
+        self, cluster: Cluster, journal: Any = None, client: Tls | None = None, key: str | None = None, **given: Any
+    ) -> None:
+        """client, key: what this client shows. given: of Server."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
         async def start() -> tuple[Server, str, Launcher]:
-            server = Server(cluster, Journal(journal), TOKENIZER, VOCABULARY, (EOS,), linger=0.5)
+            server = Server(cluster, Journal(journal), TOKENIZER, VOCABULARY, (EOS,), linger=0.5, **given)
             address = await server.start("127.0.0.1:0")
             return server, address, server.start_workers("cpu")
 
         self.server, self.address, self.launcher = self.run(start())
         self.channel = grpc.insecure_channel(self.address)
+        if client is not None:
+            self.channel = grpc.secure_channel(self.address, client.channel_credentials())
+        if key is not None:
+            self.channel = grpc.intercept_channel(self.channel, with_key(key))
         self.inference, self.admin = rpc.InferenceStub(self.channel), rpc.AdminStub(self.channel)
         self.until(lambda status: all(r["state"] == "live" for r in status["ranks"]))
 
