@@ -12,6 +12,7 @@ The file of keys is TOML, a table for each name:
     max_requests = 256     # open at once
     max_tokens = 1048576   # of prompts, open at once
     weight = 1.0           # share of the cluster when it is short
+    max_priority = 0       # of a request, at most 9
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+
+from serving.admission import MAX_PRIORITY
 
 KEY_VARIABLE = "MOE_JAX_API_KEY"
 TOKEN_VARIABLE = "MOE_JAX_CLUSTER_TOKEN"
@@ -49,8 +52,12 @@ class Key:
     max_requests: int = 1 << 12
     max_tokens: int = 1 << 22
     weight: float = 1.0
+    max_priority: int = 0
 
     def __post_init__(self) -> None:
+        if self.max_priority not in range(MAX_PRIORITY + 1):
+            found = f"found {self.max_priority!r}, expected 0 to {MAX_PRIORITY}"
+            raise ValueError(f"key {self.name}: max_priority: {found}")
         for name in ("max_requests", "max_tokens", "weight"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
@@ -59,7 +66,7 @@ class Key:
             raise ValueError(f"key {self.name}: sha256: found {self.sha256!r}, expected 64 hexadecimal digits")
 
 
-ANYBODY = Key("", admin=True)  # where no keys are asked for
+ANYBODY = Key("", admin=True, max_priority=MAX_PRIORITY)  # where no keys are asked for
 _caller: ContextVar[Key] = ContextVar("caller", default=ANYBODY)
 
 

@@ -308,6 +308,11 @@ def configure_serve(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--platform", choices=("cpu", "cuda"), help="of the workers (default: a GPU if there is one)")
     group.add_argument("--journal", type=Path, metavar="DIR", help="requests are kept there and outlive this process")
     group.add_argument("--log-dir", type=Path, metavar="DIR", help="a log of each local worker")
+    group.add_argument("--max-queue-tokens", type=_positive, metavar="N", help="of all requests that are accepted")
+    group.add_argument("--max-output-tokens", type=_positive, metavar="N", help="that one request may ask for")
+    group.add_argument(
+        "--grace", type=float, default=20.0, metavar="S", help="seconds for accepted requests to finish after SIGTERM"
+    )
     add_server(parser)
     add_model_options(parser)
 
@@ -336,6 +341,9 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
             restart=not args.no_restart,
             journal=args.journal,
             log_dir=args.log_dir,
+            max_queue_tokens=args.max_queue_tokens,
+            max_output_tokens=args.max_output_tokens,
+            grace=args.grace,
             **server_credentials(args, args.workers == "local"),
             **own,
         )

@@ -23,6 +23,7 @@ from moe_jax import placement
 from moe_jax.request import Request
 from serving import membership as m
 from serving.access import Guard
+from serving.admission import Owner
 from serving.channel import MAX_MESSAGE, Message, encode
 from serving.cluster import Cluster
 from serving.frame_server import FrameServer
@@ -40,6 +41,7 @@ from serving.worker_stream import ClusterService, WorkerStream
 
 log = logging.getLogger(__name__)
 
+_NOBODY = Owner()
 MAX_REQUEST = 4 << 20  # bytes of a message to this server: a prompt of a million tokens
 SERVER_OPTIONS = (
     *KEEPALIVE,
@@ -92,7 +94,9 @@ class Coordinator:
         self._journal = journal or Oblivion()
         self._membership.restore_from(*self._journal.last_numbers)
         self._recoveries = Recoveries()
-        self.router = Router(self._journal, self._recoveries, self._send, self._journal_failed)
+        self.router = Router(
+            self._journal, self._recoveries, self._send, self._journal_failed, cluster.limits, cluster.max_tokens
+        )
         self._actions: deque[m.Action] = deque()
         self._acting = False
         self._numbers = self._membership.numbers
@@ -103,6 +107,7 @@ class Coordinator:
         self._fences: dict[tuple[int, int], deque[tuple[int, int]]] = {}  # (generation, node): (rank, incarnation)
         self._epochs: dict[int, int] = {}  # incarnation: in how many it has been, of the current members
         self._draining: dict[str, tuple[set[int], asyncio.Future[None]]] = {}  # host: incarnations that shall leave
+        self._rebalanced: asyncio.Future[str] | None = None  # the cause of the next epoch that serves
         self._served = False  # ever
         self._compiled = 0  # programs, by engines of the mesh since then
         self._tick_at = 0.0
@@ -162,17 +167,24 @@ class Coordinator:
         """Why nothing is served until ranks return; None if something is, or will be soon."""
         return self._membership.reason if self._membership.state == "UNSERVABLE" else None
 
-    def submit(self, request: Request, listener: Listener, wait: bool = False) -> Entry:
+    def submit(
+        self,
+        request: Request,
+        listener: Listener,
+        wait: bool = False,
+        owner: Owner = _NOBODY,
+        priority: int = 0,
+    ) -> Entry:
         """Serve a request: `listener` hears every token of it, from the first on, in order, once.
 
         The same request again attaches another listener, also if it ended a while ago. wait: accept it also while
-        nothing can be served.
+        nothing can be served. owner: whose bounds it counts for, and whose turn it waits for.
         Raises ValueError for what can never be served, ledger.AlreadyExists, scheduler.QueueFull, Unavailable.
         """
         self.cluster.limits.check(request)
         if not wait and self.unservable is not None:
             raise Unavailable(self.unservable)
-        return self.router.submit(request, listener)
+        return self.router.submit(request, listener, owner, priority)
 
     def finish(self, entry: Entry) -> None:
         """Its text is complete, by a stop string of which the engine does not know. Nothing more is heard of it."""
@@ -437,6 +449,8 @@ class Coordinator:
             case m.Serve(epoch):
                 self._served = True
                 self._recoveries.serving(now)
+                if self._rebalanced is not None and not self._rebalanced.done():
+                    self._rebalanced.set_result(self._membership.recoveries[-1].cause)
                 self.router.place()
                 if self.cluster.repairs is not None:
                     self.cluster.repairs.expect(epoch.slots, epoch.order)
@@ -597,6 +611,20 @@ class Coordinator:
         finally:
             self._draining.pop(host, None)
         return {"ranks": ranks, "epoch": self._membership.status()["epoch"]}
+
+    async def rebalance(self) -> dict[str, Any]:
+        """{"slots": that change, "epoch": the first in which they have}. Raises Unavailable when it is not possible
+        now, or a loss comes between."""
+        refused, slots, actions = self._membership.rebalance(time.monotonic())
+        if refused is not None:
+            raise Unavailable(refused)
+        if slots:
+            self._rebalanced = served = asyncio.get_running_loop().create_future()
+            self._do(actions)
+            cause = await served
+            if cause != "restore":
+                raise Unavailable(f"a change of the ranks came between ({cause}): try again")
+        return {"slots": slots, "epoch": self._membership.status()["epoch"]}
 
     def worn_host(self, most: int) -> str | None:
         """A host with an engine that has been in more than `most` epochs, the most worn one; None also while a rank is

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.request import Request, SamplingParams, TokenEvent
+from serving.admission import Owner
 from serving.ledger import Entry
 from serving.membership import Epoch
 
@@ -161,6 +162,7 @@ class Journal:
         """A new request. One of the same id that has ended is forgotten."""
         asked, now = entry.asked, self._clock()
         body = {"params": vars(asked.params), "eos_token_ids": asked.eos_token_ids, "seed": entry.seed}
+        body |= {"owner": entry.owner.name, "priority": entry.priority}
         with self.transaction():
             for (key,) in self._select("SELECT key FROM requests WHERE request_id = ?", asked.request_id):
                 self._forget(key)
@@ -209,7 +211,8 @@ class Journal:
             body = json.loads(body)
             params = SamplingParams(**body["params"])
             asked = Request(request_id, array("i", prompt), params, eos_token_ids=body["eos_token_ids"])
-            entry = Entry(key, asked, body["seed"], finish_reason=reason)
+            owner, priority = Owner(body.get("owner", "")), body.get("priority", 0)
+            entry = Entry(key, asked, body["seed"], finish_reason=reason, owner=owner, priority=priority)
             if tokens is not None:
                 entry.tokens, entry.logprobs = array("i", tokens), array("d", logprobs)
                 entry.tops = [_top(t) for t in json.loads(tops)] if tops else [()] * len(entry.tokens)

@@ -52,6 +52,7 @@ class Rules:
     plan: Callable[[Sequence[int]], Slots | None]  # ranks → slots; None: too few slots for all experts
     repair: Callable[[Slots, Sequence[int]], Slots | None]  # slots, ranks → every expert held by them; None: too few
     restore: Callable[[Slots, Sequence[int]], Slots]  # slots, ranks → more replicas; equal: nothing to do
+    rebalance: Callable[[Slots, Sequence[int]], Slots | None] = lambda slots, ranks: None  # a better one; None: none
     orders: Literal["any", "sorted"] = "any"  # any: an order of ranks forms a communicator once (Gloo). sorted: NCCL
     window_s: float = 0.02  # losses within it are one epoch
     heartbeat_timeout_s: float = 1.0
@@ -513,6 +514,19 @@ class Membership:
         if self.state == "SERVING" and self._leaving:
             self._say("DRAINING", f"host {host}")
         return None, self._advance(now)
+
+    def rebalance(self, now: float) -> tuple[str | None, int, list[Action]]:
+        """Change to the placement that `rules` would make of these ranks now. (why not, slots that change, actions)."""
+        if self.state != "SERVING" or self._target is not None or self._pending is not None:
+            busy = "a change of placement" if self.state == "SERVING" else self.state
+            return f"found {busy}, expected the state SERVING and no change: try again then", 0, []
+        target = self.rules.rebalance(self._slots, sorted(self._members))
+        if target is None or np.array_equal(target, self._slots):
+            return None, 0, []
+        self._target = target
+        self._fetching = {r for r in self._members if not np.array_equal(target[:, r], self._slots[:, r])}
+        self._prefetch(now)
+        return None, int((target != self._slots).sum()), self._advance(now)
 
     def resume(self, now: float) -> None:
         """The driver stood still: nobody is judged by that time."""

@@ -26,6 +26,8 @@ class Options:
     tls: Tls | None = None
     api_keys: Path | None = None
     cluster_token: str | None = None
+    max_queue_tokens: int | None = None  # of all open requests; None: four times what the caches hold
+    max_output_tokens: int | None = None  # of one request; None: as many as fit
     grace: float = 20.0  # seconds in which a signal to end lets accepted requests finish
     journal: Path | None = None  # directories, made if need be
     log_dir: Path | None = None

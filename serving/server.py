@@ -13,25 +13,34 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from moe_jax.config import ModelConfig
 from moe_jax.text import Tokenizer
 from serving.access import Guard, Key, read_keys
-from serving.api import Admin, Inference, add_to
+from serving.admin import Admin
+from serving.api import Inference
 from serving.cluster import Cluster, make_cluster
 from serving.coordinator import Coordinator, Watcher
 from serving.environment import Platform, compilation_cache, engine_environment, host_labels
 from serving.journal import Journal
 from serving.launcher import Launcher
 from serving.options import Options
+from serving.protos import inference_pb2
+from serving.protos import inference_pb2_grpc as rpc
 from serving.recycling import recycle
 from serving.tls import Tls
 from serving.worker import DISMISSED
 
+_INFERENCE, _ADMIN = (s.full_name for s in inference_pb2.DESCRIPTOR.services_by_name.values())
 log = logging.getLogger(__name__)
 
 _STARTUP = 600.0  # seconds that an engine may take to join, to load and to compile
+_QUEUE = 4  # times what all KV caches hold: tokens of requests that are accepted, unless told otherwise
 _ATTEMPTS = 3  # ends of a rank's worker before the first epoch
 
 
@@ -66,6 +75,10 @@ def prepare(options: Options) -> tuple[Cluster, ModelConfig]:
     cluster, model, _ = make_cluster(
         options.model, labels, options.platform, options.load_format, cache, _STARTUP, **options.engine
     )
+    limits, tokens = cluster.limits, options.max_queue_tokens
+    if tokens is None:
+        tokens = max(_QUEUE * len(labels) * limits.num_pages * limits.page_size, 2 * limits.max_model_len)
+    cluster = replace(cluster, max_tokens=tokens)
     if options.workers:
         return cluster, model
     host = options.address.rpartition(":")[0]
@@ -89,14 +102,22 @@ class Server:
         tls: Tls | None = None,
         keys: tuple[Key, ...] | None = None,
         token: str | None = None,
+        **limits: Any,
     ) -> None:
-        """vocab_size, eos_token_ids, linger: as in Inference. tls: of all connections. keys: of clients; None: all are
-        let in. token: of the workers; None: all are."""
+        """vocab_size, eos_token_ids, linger, limits: as in Inference. tls: of all connections. keys: of clients;
+        None: all are let in. token: of the workers; None: all are."""
         self.cluster, self.journal = cluster, journal
-        self.watcher = Watcher(engine_failed=self._engine_failed, changed=self._changed, failed=self._journal_failed)
+        self.watcher = Watcher(
+            engine_failed=self._engine_failed,
+            changed=self._changed,
+            served=lambda epoch: self.admin.changed(),
+            failed=self._journal_failed,
+        )
         self.coordinator = Coordinator(cluster, journal, self.watcher, tls, Guard(keys, token))
         self._tls, self._token = tls, token
-        self.inference = Inference(self.coordinator, tokenizer, vocab_size, eos_token_ids, journal, linger)
+        self.inference = Inference(self.coordinator, tokenizer, vocab_size, eos_token_ids, journal, linger, **limits)
+        self.admin, self.health = Admin(self.coordinator), health.aio.HealthServicer()
+        self._changes: set[asyncio.Task[None]] = set()
         self.launcher: Launching | None = None
         self.serving = asyncio.Event()  # has begun, once
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # raises it
@@ -108,9 +129,22 @@ class Server:
 
     async def start(self, address: str) -> str:
         """Listen; returns "host:port". Raises OSError."""
-        return await self.coordinator.start(
-            address, [lambda server: add_to(server, self.inference, Admin(self.coordinator))]
-        )
+        await self._say_health(False)
+        return await self.coordinator.start(address, [self._add_services])
+
+    def _add_services(self, server: grpc.aio.Server) -> None:
+        rpc.add_InferenceServicer_to_server(self.inference, server)
+        rpc.add_AdminServicer_to_server(self.admin, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        public = (_INFERENCE, _ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(public, server)
+
+    async def _say_health(self, serving: bool) -> None:
+        """Inference: whether new requests are served. The others, and the server as a whole: that it lives."""
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        for name in ("", _ADMIN):
+            await self.health.set(name, status.SERVING)
+        await self.health.set(_INFERENCE, status.SERVING if serving else status.NOT_SERVING)
 
     def start_workers(self, platform: Platform, log_dir: Path | None = None) -> Launcher:
         """On this machine, as far as they belong to the cluster."""
@@ -141,7 +175,9 @@ class Server:
         """End everything, within seconds. Requests that have not ended stay in the journal."""
         if self._recycling is not None:
             self._recycling.cancel()
+        await self.health.enter_graceful_shutdown()
         self.inference.close()
+        self.admin.close()
         await self.coordinator.close()
         if self.launcher is not None:
             await self.launcher.close()
@@ -152,6 +188,10 @@ class Server:
     def _changed(self, state: str, reason: str) -> None:
         if state == "SERVING":
             self.serving.set()
+        self.admin.changed()
+        task = asyncio.ensure_future(self._say_health(self.serving.is_set() and state != "UNSERVABLE"))
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
 
     def _engine_failed(self, rank: int, kind: str, text: str) -> None:
         self._said[rank] = text
@@ -209,6 +249,8 @@ async def serve(
         tls=options.tls,
         keys=keys,
         token=options.cluster_token,
+        max_output_tokens=options.max_output_tokens,
+        name=options.model.name,
     )
     stop, serving = asyncio.create_task(ended.wait()), asyncio.create_task(server.serving.wait())
     try:
