@@ -164,7 +164,9 @@ def _refuse(code: grpc.StatusCode, details: str) -> grpc.RpcMethodHandler:
     return grpc.stream_stream_rpc_method_handler(abort)  # type: ignore[arg-type]
 
 
-class _WithKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+class _WithKey(
+    grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamStreamClientInterceptor
+):
     def __init__(self, key: str) -> None:
         self._key = key
 
@@ -172,7 +174,7 @@ class _WithKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientIntercept
         metadata = [*(details.metadata or ()), ("authorization", f"Bearer {self._key}")]
         return continuation(_Details(details.method, details.timeout, metadata, details.credentials), request)
 
-    intercept_unary_unary = intercept_unary_stream = _intercept
+    intercept_unary_unary = intercept_unary_stream = intercept_stream_stream = _intercept
 
 
 @dataclass(frozen=True)
