@@ -34,7 +34,7 @@ class Admin(rpc.AdminServicer):
         self.changed()
 
     async def Status(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext) -> pb.StatusResponse:
-        return pb.StatusResponse(json=json.dumps(self._coordinator.status()))
+        return pb.StatusResponse(json=json.dumps(self._coordinator.status(request.slots)))
 
     async def Watch(self, request: pb.WatchRequest, context: grpc.aio.ServicerContext) -> None:
         wake, told = asyncio.Event(), None

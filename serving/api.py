@@ -61,7 +61,7 @@ class Inference(rpc.InferenceServicer):
         self._longest_token = max((len(token.encode()) for token in vocabulary), default=1)  # bytes
         self._running: dict[str, Completion] = {}  # by request_id
         self._calls = 0
-        self._closed = False
+        self._closed = self._refusing = False
 
     def adopt(self, entries: Sequence[Entry]) -> None:
         """Make the text of requests that go on from another life, though nobody follows them yet.
@@ -70,6 +70,10 @@ class Inference(rpc.InferenceServicer):
         """
         for entry in entries:
             self._attach_or_submit(entry.asked, entry.owner, entry.priority, wait=True)
+
+    def refuse(self) -> None:
+        """New requests, from now on: the server is about to end. Those that are open go on."""
+        self._refusing = True
 
     def close(self) -> None:
         """All calls end with UNAVAILABLE, and no request is cancelled for that."""
@@ -203,6 +207,8 @@ class Inference(rpc.InferenceServicer):
         if running is not None:
             running.entry.attach(request, owner)
             return running
+        if self._refusing and not wait:
+            raise Unavailable("the server shuts down")
         # Tokens that there are already come before there is a completion to take them.
         entry = self._coordinator.submit(request, self._take, wait, owner, priority)
         completion = Completion(self._tokenizer, entry)

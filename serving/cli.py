@@ -308,6 +308,8 @@ def configure_serve(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--platform", choices=("cpu", "cuda"), help="of the workers (default: a GPU if there is one)")
     group.add_argument("--journal", type=Path, metavar="DIR", help="requests are kept there and outlive this process")
     group.add_argument("--log-dir", type=Path, metavar="DIR", help="a log of each local worker")
+    group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: an object a line")
+    group.add_argument("--web", type=_address, metavar="HOST:PORT", help="serve a status page and /metrics there")
     group.add_argument("--max-queue-tokens", type=_positive, metavar="N", help="of all requests that are accepted")
     group.add_argument("--max-output-tokens", type=_positive, metavar="N", help="that one request may ask for")
     group.add_argument(
@@ -344,6 +346,8 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
             max_queue_tokens=args.max_queue_tokens,
             max_output_tokens=args.max_output_tokens,
             grace=args.grace,
+            web=args.web,
+            log_json=args.log_format == "json",
             **server_credentials(args, args.workers == "local"),
             **own,
         )
@@ -482,6 +486,23 @@ def _print_status(status: dict[str, Any]) -> None:
         console.print("\nchanges of the ranks that serve, in ms:", changes, sep="\n")
 
 
+def configure_top(parser: argparse.ArgumentParser) -> None:
+    _add_coordinator(parser)
+    parser.add_argument("--every", type=float, default=0.5, metavar="S", help="seconds between two looks")
+    parser.add_argument("--looks", type=_positive, metavar="N", help="end after so many")
+
+
+def run_top(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    from serving import top
+    from serving.protos import inference_pb2 as pb
+
+    with _admin(args) as admin:
+        top.show(
+            lambda: json.loads(admin.Status(pb.StatusRequest(slots=True), timeout=10.0).json), args.every, args.looks
+        )
+    return 0
+
+
 def configure_drain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("host", metavar="HOST", help="label of the host that shall leave")
     _add_coordinator(parser)
@@ -542,6 +563,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("serve", "Serve a model over gRPC: a coordinator and its workers.", configure_serve, run_serve),
     Command("worker", "Run one rank of a cluster whose coordinator is elsewhere.", configure_worker, run_worker),
     Command("status", "Show what a cluster is doing.", configure_status, run_status),
+    Command("top", "Show what a cluster is doing, live.", configure_top, run_top),
     Command("drain", "Move a host's requests to others and let it leave.", configure_drain, run_drain),
     Command("key", "Draw an API key.", configure_key, run_key),
     Command("convert", "Write a serving checkpoint of a model.", configure_convert, run_convert),

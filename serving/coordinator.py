@@ -30,6 +30,7 @@ from serving.frame_server import FrameServer
 from serving.journal import Journal
 from serving.ledger import Entry, Place
 from serving.membership import Membership
+from serving.metrics import Metrics
 from serving.protos import cluster_pb2_grpc as rpc
 from serving.recoveries import Recoveries
 from serving.router import Listener, Oblivion, Router
@@ -94,8 +95,10 @@ class Coordinator:
         self._journal = journal or Oblivion()
         self._membership.restore_from(*self._journal.last_numbers)
         self._recoveries = Recoveries()
+        self.metrics = Metrics()
+        limits, tokens = cluster.limits, cluster.max_tokens
         self.router = Router(
-            self._journal, self._recoveries, self._send, self._journal_failed, cluster.limits, cluster.max_tokens
+            self._journal, self._recoveries, self._send, self._journal_failed, limits, tokens, self.metrics
         )
         self._actions: deque[m.Action] = deque()
         self._acting = False
@@ -166,6 +169,11 @@ class Coordinator:
     def unservable(self) -> str | None:
         """Why nothing is served until ranks return; None if something is, or will be soon."""
         return self._membership.reason if self._membership.state == "UNSERVABLE" else None
+
+    @property
+    def epoch(self) -> int:
+        """The last that was announced; 0: none."""
+        return 0 if self._membership.epoch is None else self._membership.epoch.number
 
     def submit(
         self,
@@ -292,6 +300,7 @@ class Coordinator:
                     pass  # not before it is clear who is who
                 case "events":
                     stream.steps = body.get("steps", stream.steps + 1)
+                    stream.usage = body.get("usage")
                     self.router.take_events(rank, incarnation, body["events"])
                 case "score":
                     self.router.take_score(rank, incarnation, message)
@@ -636,8 +645,8 @@ class Coordinator:
         epochs, rank = max((self._epochs[incarnation], rank) for rank, incarnation in self.router.members.items())
         return self.cluster.rules.hosts[rank] if epochs > most else None
 
-    def status(self) -> dict[str, Any]:
-        """What `moe-jax status --json` prints."""
+    def status(self, slots: bool = False) -> dict[str, Any]:
+        """What `moe-jax status --json` prints. slots: with what each slot holds, [layers][ranks][slots] of experts."""
         status, hosts = self._membership.status(), self.cluster.rules.hosts
         epoch = self._membership.epoch
         for rank in status["ranks"]:
@@ -647,6 +656,8 @@ class Coordinator:
             rank["supervisor_pid"] = None if known is None else known.pid
             rank["device"] = None if known is None else known.device
             # Sizes of meshes whose programs its engine has at hand.
+            rank["kv_cache_usage"] = None if known is None or known.usage is None else round(known.usage, 4)
+            rank["requests"] = 0 if known is None else self._load(known)
             rank["programs"] = [] if known is None else known.answers.get("programs", {}).get("sizes", [])
         live = [r["rank"] for r in status["ranks"] if r["state"] == "live"]
         return {
@@ -662,7 +673,16 @@ class Coordinator:
                 "waiting": self.router.ledger.waiting,
                 **vars(self.router.ledger.counts),
             },
+            **({"slots": [] if epoch is None else epoch.slots.tolist()} if slots else {}),
         }
+
+    def observe(self, slots: bool = False) -> dict[str, Any]:
+        """`status`, once the metrics know of all recoveries that are over."""
+        self.metrics.recoveries(self._recoveries.closed())
+        return self.status(slots)
+
+    def _load(self, stream: WorkerStream) -> int:
+        return self.router.ledger.load(Place(stream.rank, stream.incarnation)).jobs
 
     async def ask(self, question: dict[str, Any], timeout: float = 10.0) -> dict[int, dict[str, Any]]:
         """Every member's answer of the question's type, by rank. Raises TimeoutError."""

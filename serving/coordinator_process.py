@@ -66,10 +66,10 @@ async def main() -> None:
         return
     from serving import server
 
-    ended = asyncio.Event()
-    link = Link(sock, ended.set)
+    gone = asyncio.Event()
+    link = Link(sock, gone.set)
     try:
-        await server.serve(options, *server.prepare(options), link.say, link, ended)
+        await server.serve(options, *server.prepare(options), link.say, link, gone)
     except (ValueError, OSError, RuntimeError) as e:
         link.failed(e)
 

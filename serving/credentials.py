@@ -73,7 +73,7 @@ def server_credentials(args: argparse.Namespace, local_workers: bool) -> dict[st
     """As serving.options.Options has them. Raises ValueError for what would leave the service open to a network."""
     tls = Tls(args.tls_cert, args.tls_key, args.tls_ca, args.mtls) if args.tls_cert or args.mtls else None
     token = _token(args)
-    if not (is_loopback(args.address) or args.insecure):
+    if not (all(is_loopback(a) for a in (args.address, args.web) if a) or args.insecure):
         missing = [
             name
             for name, given in (

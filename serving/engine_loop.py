@@ -274,7 +274,8 @@ class EngineLoop:
         if events or now - self._said >= HEARTBEAT:
             self._said = now
             packed = [pack_event(e) for e in events]
-            self._send({"type": "events", "epoch": engine.epoch, "steps": engine.steps, "events": packed})
+            said = {"epoch": engine.epoch, "steps": engine.steps, "usage": engine.cache_usage}
+            self._send({"type": "events", **said, "events": packed})
         for number, job in list(self._scores.items()):
             self._send_scores(number, job)
 

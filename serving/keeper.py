@@ -20,6 +20,7 @@ from serving.channel import Decoder, Message, encode
 from serving.child import Child
 from serving.environment import host_labels, with_packages
 from serving.launcher import Launcher
+from serving.logs import use_json
 from serving.options import Options
 from serving.pipe import Pipe
 
@@ -49,11 +50,13 @@ class Keeper:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop`. Raises as serving.server.serve."""
+        self._stop = stop
         stopped = asyncio.create_task(stop.wait())
         looking = asyncio.create_task(self._look())
         self._start()
         try:
             await asyncio.wait([stopped, self.failure], return_when=asyncio.FIRST_COMPLETED)
+            stop.clear()
             if self.failure.done():
                 self.failure.result()
         finally:
@@ -71,6 +74,10 @@ class Keeper:
                 child.process.send_signal(signal.SIGTERM)
             deadline = time.monotonic() + self._options.grace + _PATIENCE
             while not child.ended and time.monotonic() < deadline:
+                if self._stop.is_set():  # again: at once
+                    self._stop.clear()
+                    with contextlib.suppress(ProcessLookupError):
+                        child.process.send_signal(signal.SIGTERM)
                 await asyncio.sleep(0.02)
             child.kill()
             child.wait(5.0)
@@ -171,4 +178,6 @@ async def keep(options: Options, say: Callable[[str], None]) -> None:
     for directory in (options.journal, options.log_dir):
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
+    if options.log_json:
+        use_json(lambda: None)
     await Keeper(options, say).run(stop)

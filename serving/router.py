@@ -23,6 +23,7 @@ from serving.channel import Message, encode
 from serving.journal import Journal
 from serving.ledger import Entry, Ledger, Place, Score
 from serving.membership import Epoch
+from serving.metrics import Metrics
 from serving.recoveries import Recoveries
 
 _NOBODY = Owner()
@@ -60,6 +61,7 @@ class Router:
         failed: Callable[[Exception], None],
         limits: Limits,
         max_tokens: int,
+        metrics: Metrics,
     ) -> None:
         """Requests that the journal knows go on. send: frames to the engine of an incarnation, if there is one.
         failed: the journal cannot be written, and nobody may hear of anything any more. limits: of one rank.
@@ -74,6 +76,9 @@ class Router:
             block=limits.page_size,
             blocks=limits.num_pages,
         )
+        self._metrics = metrics
+        for entry in journal.unfinished:
+            metrics.accepted(entry.key, time.monotonic())
         self._finishes = 0.0, 1.0  # when a request ended last, and seconds between two that do, smoothed
         self.ledger.restore(journal.unfinished)
         self.members: dict[int, int] = {}  # rank: incarnation of those that may be given work
@@ -98,6 +103,7 @@ class Router:
             except BaseException:
                 self.ledger.cancel(entry)
                 raise
+            self._metrics.accepted(entry.key, time.monotonic())
         for event in entry.events():
             listener(event)
         self._listeners.setdefault(entry.key, []).append(listener)
@@ -135,13 +141,18 @@ class Router:
             self.keep(lambda: self._journal.finish(entry))
         self._recoveries.ended(entry.key)
         self._tell_to_cancel(told)
-        self._note_finish()
+        self._note_end(entry)
         self.place()
 
-    def _note_finish(self) -> None:
+    def _note_end(self, entry: Entry) -> None:
         last, interval = self._finishes
-        now = time.monotonic()
+        now, asked = time.monotonic(), entry.asked
         self._finishes = now, interval + 0.05 * (min(now - last, 10.0) - interval)
+        reason = entry.finish_reason or "stop"
+        tokens = len(entry.tokens)
+        self._metrics.ended(
+            entry.key, asked.request_id, entry.owner.name, reason, len(asked.token_ids), tokens, now
+        )
 
     def _tell_to_cancel(self, told: tuple[Place, int] | None) -> None:
         if told is not None:
@@ -168,6 +179,7 @@ class Router:
         for job in self.ledger.place(self.members):
             assert job.place is not None
             self._send(job.place.incarnation, encode(job.command()))
+            self._metrics.placed(job.key, job.place.rank, time.monotonic())
         self.wake()
 
     def wake(self) -> None:
@@ -201,10 +213,11 @@ class Router:
             if listeners is None:
                 continue  # its text ended with a token before this one
             self._recoveries.published(entry.key, now)
+            self._metrics.token(entry.key, now)
             if event.finish_reason is not None:
                 del self._listeners[entry.key]
                 self._recoveries.ended(entry.key)
-                self._note_finish()
+                self._note_end(entry)
             for listener in tuple(listeners):
                 listener(event)
         self.place()

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,17 +30,20 @@ from serving.coordinator import Coordinator, Watcher
 from serving.environment import Platform, compilation_cache, engine_environment, host_labels
 from serving.journal import Journal
 from serving.launcher import Launcher
+from serving.logs import use_json
 from serving.options import Options
 from serving.protos import inference_pb2
 from serving.protos import inference_pb2_grpc as rpc
 from serving.recycling import recycle
 from serving.tls import Tls
+from serving.web import Web
 from serving.worker import DISMISSED
 
 _INFERENCE, _ADMIN = (s.full_name for s in inference_pb2.DESCRIPTOR.services_by_name.values())
 log = logging.getLogger(__name__)
 
 _STARTUP = 600.0  # seconds that an engine may take to join, to load and to compile
+_LOOK = 0.05  # seconds
 _QUEUE = 4  # times what all KV caches hold: tokens of requests that are accepted, unless told otherwise
 _ATTEMPTS = 3  # ends of a rank's worker before the first epoch
 
@@ -113,10 +117,11 @@ class Server:
             served=lambda epoch: self.admin.changed(),
             failed=self._journal_failed,
         )
-        self.coordinator = Coordinator(cluster, journal, self.watcher, tls, Guard(keys, token))
-        self._tls, self._token = tls, token
+        self.coordinator = Coordinator(cluster, journal, self.watcher, tls, guard := Guard(keys, token))
+        self._guard, self._tls, self._token = guard, tls, token
         self.inference = Inference(self.coordinator, tokenizer, vocab_size, eos_token_ids, journal, linger, **limits)
         self.admin, self.health = Admin(self.coordinator), health.aio.HealthServicer()
+        self.web: Web | None = None
         self._changes: set[asyncio.Task[None]] = set()
         self.launcher: Launching | None = None
         self.serving = asyncio.Event()  # has begun, once
@@ -131,6 +136,12 @@ class Server:
         """Listen; returns "host:port". Raises OSError."""
         await self._say_health(False)
         return await self.coordinator.start(address, [self._add_services])
+
+    def start_web(self, address: str) -> str:
+        """Status page and metrics; returns "host:port". Raises OSError."""
+        coordinator = self.coordinator
+        self.web = Web(coordinator.observe, coordinator.metrics, self._guard, self._tls)
+        return self.web.start(address)
 
     def _add_services(self, server: grpc.aio.Server) -> None:
         rpc.add_InferenceServicer_to_server(self.inference, server)
@@ -171,6 +182,16 @@ class Server:
         if self._restart:
             self._recycling = asyncio.ensure_future(recycle(self.coordinator))
 
+    async def drain(self, grace: float) -> None:
+        """Refuse new requests, and let those that are open finish, for `grace` seconds at most."""
+        await self.health.enter_graceful_shutdown()
+        self.inference.refuse()
+        ledger, deadline = self.coordinator.router.ledger, time.monotonic() + grace
+        if len(ledger):
+            log.info("%d requests have %g s to finish", len(ledger), grace)
+        while len(ledger) and time.monotonic() < deadline and not self.failure.done():
+            await asyncio.sleep(_LOOK)
+
     async def close(self) -> None:
         """End everything, within seconds. Requests that have not ended stay in the journal."""
         if self._recycling is not None:
@@ -178,6 +199,8 @@ class Server:
         await self.health.enter_graceful_shutdown()
         self.inference.close()
         self.admin.close()
+        if self.web is not None:
+            self.web.close()
         await self.coordinator.close()
         if self.launcher is not None:
             await self.launcher.close()
@@ -220,18 +243,19 @@ async def serve(
     model: ModelConfig,
     say: Callable[[str], None],
     keeper: Keeping | None = None,
-    ended: asyncio.Event | None = None,
+    kept: asyncio.Event | None = None,
 ) -> None:
-    """Until SIGTERM, SIGINT, or `ended`. `say` gets one line, when requests are served for the first time. keeper: it
-    has the local workers.
+    """Until SIGTERM or SIGINT, and then as long as accepted requests take, but no longer than options.grace. `say` gets
+    one line, when requests are served for the first time. keeper: it has the local workers; when it is gone `kept` is
+    set, and then this ends at once.
 
     Raises ValueError for what a worker or a journal found wrong with the model or the options, RuntimeError for
     workers that do not start or a journal that cannot be written, OSError for an address or a directory that cannot be
     used.
     """
-    ended, loop = ended or asyncio.Event(), asyncio.get_running_loop()
+    signalled, loop = asyncio.Queue[None](), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+        loop.add_signal_handler(number, signalled.put_nowait, None)
     for directory in (options.journal, options.log_dir):
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
@@ -252,24 +276,34 @@ async def serve(
         max_output_tokens=options.max_output_tokens,
         name=options.model.name,
     )
-    stop, serving = asyncio.create_task(ended.wait()), asyncio.create_task(server.serving.wait())
+    if options.log_json:
+        use_json(lambda: server.coordinator.epoch)
+    stop, serving = asyncio.create_task(signalled.get()), asyncio.create_task(server.serving.wait())
+    gone = asyncio.create_task((kept or asyncio.Event()).wait())
     try:
         address = await server.start(options.address)
         log.info("%s: waiting for %d workers", address, len(cluster.rules.hosts))
+        if options.web is not None:
+            log.info("status page and metrics at %s", server.start_web(options.web))
         if keeper is not None:
             server.use(keeper)
             keeper.worker_ended = server.worker_ended
             keeper.listening(address)
         elif options.workers:
             server.start_workers(options.platform, options.log_dir)
-        await asyncio.wait([stop, serving, server.failure], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([stop, gone, serving, server.failure], return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             engines = [str(rank["pid"]) for rank in server.coordinator.status()["ranks"] if rank["pid"] is not None]
             say(f"serving at {address}: coordinator {os.getpid()}, engines {' '.join(engines)}")
-        await asyncio.wait([stop, server.failure], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([stop, gone, server.failure], return_when=asyncio.FIRST_COMPLETED)
         if server.failure.done():
             server.failure.result()
+        if serving.done():
+            stop = asyncio.create_task(signalled.get())  # a second signal: at once
+            draining = asyncio.create_task(server.drain(options.grace))
+            await asyncio.wait([stop, gone, draining], return_when=asyncio.FIRST_COMPLETED)
+            draining.cancel()
     finally:
-        stop.cancel()
-        serving.cancel()
+        for task in (stop, gone, serving):
+            task.cancel()
         await server.close()

@@ -36,6 +36,7 @@ class WorkerStream:
         self.heard = time.monotonic()
         self.ill_since: float | None = None  # when it was first seen to be stopped, ended or cut off
         self.steps = 0  # of its engine, as last heard
+        self.usage: float | None = None  # of its engine's pages of the KV cache, 0 to 1
         self.told: tuple[int, bool] | None = None  # to membership: the steps, and whether there is work
         self.seconds: dict[str, float] = {}  # that its engine took to start
         self.error: tuple[str, str] | None = None  # what its engine said before it ended: an exception's name and text

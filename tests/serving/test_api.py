@@ -65,6 +65,9 @@ class Running:
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
 
+    def begin(self, coroutine: Coroutine[Any, Any, T]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
     def call(self, function: Callable[[], T]) -> T:
         async def run() -> T:
             return function()
