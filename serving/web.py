@@ -11,8 +11,11 @@ import base64
 import concurrent.futures
 import json
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from importlib import resources
+from itertools import pairwise
 from socketserver import ThreadingMixIn
 from typing import Any
 from urllib.parse import parse_qs
@@ -26,6 +29,7 @@ from serving.tls import Tls
 
 _ANSWER = 5.0  # seconds for the event loop to say the status
 _IDLE = 10.0  # seconds that a connection may take to say what it wants
+_EVERY, _SAMPLES = 0.5, 241  # seconds between two samples for the page's chart, and how many are kept
 _HEADERS = [
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
@@ -54,6 +58,8 @@ class Web:
         self._status, self._metrics, self._guard, self._tls = status, metrics, guard, tls
         self._loop = asyncio.get_running_loop()
         self._server: WSGIServer | None = None
+        self._samples: deque[tuple[float, int, str, int]] = deque(maxlen=_SAMPLES)  # time, tokens, state, epoch
+        self._sampling: asyncio.TimerHandle | None = None
         self._page = resources.files("serving").joinpath("status_page.html").read_bytes()
 
     def start(self, address: str) -> str:
@@ -65,13 +71,29 @@ class Web:
                 server.socket, server_side=True, do_handshake_on_connect=False
             )
         self._server = server
+        self._sample()
         threading.Thread(target=server.serve_forever, name="web", daemon=True).start()
         return f"{host}:{server.server_port}"
 
     def close(self) -> None:
+        if self._sampling is not None:
+            self._sampling.cancel()
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
+
+    def _sample(self) -> None:
+        status = self._status(False)
+        self._samples.append((time.monotonic(), status["requests"]["tokens"], status["state"], status["epoch"]))
+        self._sampling = self._loop.call_later(_EVERY, self._sample)
+
+    def _history(self) -> list[dict[str, Any]]:
+        """Of the last minutes, oldest first: seconds ago, tokens per second since the one before, state, epoch."""
+        now = time.monotonic()
+        return [
+            {"ago": round(now - at, 3), "rate": (tokens - before) / (at - since), "state": state, "epoch": epoch}
+            for (since, before, _, _), (at, tokens, state, epoch) in pairwise(self._samples)
+        ]
 
     def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         def reply(status: str, kind: str, body: bytes, *headers: tuple[str, str]) -> list[bytes]:
@@ -89,16 +111,17 @@ class Web:
         if path not in ("/status.json", "/metrics"):
             return reply("404 Not Found", "text/plain", b"found here: / /status.json /metrics\n")
         try:
-            status = self._ask("slots" in parse_qs(environ.get("QUERY_STRING", "")))
+            wanted = parse_qs(environ.get("QUERY_STRING", ""))
+            status = self._ask("slots" in wanted, "history" in wanted)
         except (TimeoutError, concurrent.futures.CancelledError, RuntimeError):
             return reply("503 Service Unavailable", "text/plain", b"the coordinator does not answer\n")
         if path == "/metrics":
             return reply("200 OK", CONTENT_TYPE_LATEST, self._metrics.render(status))
         return reply("200 OK", "application/json", json.dumps(status).encode())
 
-    def _ask(self, slots: bool) -> dict[str, Any]:
+    def _ask(self, slots: bool, history: bool) -> dict[str, Any]:
         async def ask() -> dict[str, Any]:
-            return self._status(slots)
+            return self._status(slots) | ({"history": self._history()} if history else {})
 
         return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(_ANSWER)
 
