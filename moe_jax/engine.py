@@ -180,6 +180,17 @@ class Engine:
         """Queue a request on the `rank`-th of this process's ranks. Raises as Scheduler.add."""
         self.ranks[rank].scheduler.add(request, accepted)
 
+    @property
+    def cache_usage(self) -> float:
+        """Share of the KV cache's pages that running requests hold, 0 to 1."""
+        pools = [rank.scheduler.pool for rank in self.ranks]
+        return sum(pool.num_used for pool in pools) / sum(pool.num_pages for pool in pools)
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Of all requests that are here."""
+        return [request_id for rank in self.ranks for request_id in rank.scheduler.request_ids]
+
     def cancel(self, request_id: str) -> bool:
         return any(rank.scheduler.cancel(request_id) for rank in self.ranks)
 

@@ -215,6 +215,11 @@ class Scheduler:
         return True
 
     @property
+    def request_ids(self) -> list[str]:
+        """Of all that are neither finished nor cancelled, oldest first."""
+        return list(self._sequences)
+
+    @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 

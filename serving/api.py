@@ -1,27 +1,30 @@
-"""The public gRPC services of a coordinator: text for clients, and what operators ask (protos/inference.proto).
+"""The public gRPC service of a coordinator: text for clients (protos/inference.proto, service Inference).
 
-They run in the coordinator's event loop, so nothing here may take long: what comes in is bounded before it is looked
-at, and a client that reads slowly costs nothing but what it has not read. Which request is where is none of their
+It runs in the coordinator's event loop, so nothing here may take long: what comes in is bounded before it is looked
+at, and a client that reads slowly costs nothing but what it has not read. Which request is where is none of its
 business.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import importlib.metadata
 import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 
 import grpc
 
-from moe_jax.request import Request, SamplingParams, TokenEvent
+from moe_jax.request import MAX_LOGPROBS, Request, SamplingParams, TokenEvent
 from moe_jax.scheduler import QueueFull
 from moe_jax.text import Tokenizer
+from serving.access import caller
+from serving.admission import MAX_PRIORITY, Owner
 from serving.completions import Completion
 from serving.coordinator import Coordinator, Unavailable
+from serving.errors import CODES, Invalid, NotFound, OutOfRange, abort
 from serving.journal import Journal
-from serving.ledger import AlreadyExists, Entry
+from serving.ledger import Entry
 from serving.protos import inference_pb2 as pb
 from serving.protos import inference_pb2_grpc as rpc
 
@@ -29,30 +32,7 @@ MAX_CALLS = 8192  # open at once
 MAX_REQUEST_ID = 256  # characters
 MAX_STOP = 1024  # characters of a stop string
 _INLINE = 1024  # characters of a prompt that are turned into tokens at once; measured: 1 ms
-_MAX_DETAILS = 500  # characters of an error: gRPC drops a call whose metadata are above 8 KiB
 _OPTIONAL = ("max_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos", "logprobs")
-
-
-class Invalid(RuntimeError):
-    """What the client must change."""
-
-
-class NotFound(RuntimeError):
-    """No request of this id is running or still kept."""
-
-
-class OutOfRange(RuntimeError):
-    """Beyond the tokens that there are."""
-
-
-_CODES: dict[type[Exception], grpc.StatusCode] = {
-    Invalid: grpc.StatusCode.INVALID_ARGUMENT,
-    NotFound: grpc.StatusCode.NOT_FOUND,
-    OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
-    AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
-    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Unavailable: grpc.StatusCode.UNAVAILABLE,
-}
 
 
 class Inference(rpc.InferenceServicer):
@@ -64,19 +44,24 @@ class Inference(rpc.InferenceServicer):
         eos_token_ids: Sequence[int],
         journal: Journal | None = None,
         linger: float = 1.0,
+        max_output_tokens: int | None = None,
+        name: str = "",
     ) -> None:
-        """vocab_size, eos_token_ids: the model's. journal: the coordinator's; it keeps what has ended.
+        """vocab_size, eos_token_ids, name: the model's. journal: the coordinator's; it keeps what has ended.
 
         linger: seconds that a request goes on when the last call that followed it was cancelled or lost its
         connection, for the client to come back in. One whose deadline has passed is cancelled at once.
+        max_output_tokens: that a request may ask for; None: as many as fit.
         """
         self._coordinator, self._tokenizer, self._journal = coordinator, tokenizer, journal
         self._vocab_size, self._eos, self._linger = vocab_size, tuple(eos_token_ids), linger
+        fit = coordinator.cluster.limits.max_model_len - 1
+        self._max_output_tokens, self._name = min(max_output_tokens or fit, fit), name
         vocabulary = [] if tokenizer.backend is None else tokenizer.backend.get_vocab()
         self._longest_token = max((len(token.encode()) for token in vocabulary), default=1)  # bytes
         self._running: dict[str, Completion] = {}  # by request_id
         self._calls = 0
-        self._closed = False
+        self._closed = self._refusing = False
 
     def adopt(self, entries: Sequence[Entry]) -> None:
         """Make the text of requests that go on from another life, though nobody follows them yet.
@@ -84,7 +69,11 @@ class Inference(rpc.InferenceServicer):
         Raises ValueError for one that this cluster can never serve.
         """
         for entry in entries:
-            self._attach_or_submit(entry.asked, wait=True)
+            self._attach_or_submit(entry.asked, entry.owner, entry.priority, wait=True)
+
+    def refuse(self) -> None:
+        """New requests, from now on: the server is about to end. Those that are open go on."""
+        self._refusing = True
 
     def close(self) -> None:
         """All calls end with UNAVAILABLE, and no request is cancelled for that."""
@@ -118,9 +107,42 @@ class Inference(rpc.InferenceServicer):
 
     async def Cancel(self, request: pb.CancelRequest, context: grpc.aio.ServicerContext) -> pb.CancelResponse:
         completion = self._running.get(request.request_id)
-        if completion is not None:
-            self._cancel(completion)
-        return pb.CancelResponse(cancelled=completion is not None)
+        if completion is None or completion.entry.owner.name != caller().name:
+            return pb.CancelResponse(cancelled=False)
+        self._cancel(completion)
+        return pb.CancelResponse(cancelled=True)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+        response = pb.TokenizeResponse()
+        async with self._call(context):
+            try:
+                response.token_ids.extend(await self._encode(request.text, "text"))
+            except ValueError as e:
+                raise Invalid(str(e)) from e
+        return response
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeResponse:
+        response = pb.DetokenizeResponse()
+        async with self._call(context):
+            try:
+                self._check_tokens(request.token_ids, self._coordinator.cluster.limits.max_model_len)
+            except ValueError as e:
+                raise Invalid(str(e)) from e
+            response.text = await asyncio.to_thread(self._tokenizer.decode, request.token_ids)
+        return response
+
+    async def GetModel(self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext) -> pb.GetModelResponse:
+        return pb.GetModelResponse(
+            name=self._name,
+            vocab_size=self._vocab_size,
+            max_model_len=self._coordinator.cluster.limits.max_model_len,
+            max_output_tokens=self._max_output_tokens,
+            eos_token_ids=self._eos,
+            max_logprobs=MAX_LOGPROBS,
+            version=importlib.metadata.version("moe-jax"),
+        )
 
     @asynccontextmanager
     async def _call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
@@ -131,8 +153,8 @@ class Inference(rpc.InferenceServicer):
                 raise QueueFull(f"calls: found {self._calls - 1} open, expected fewer: try again later")
             self._check_open()
             yield
-        except tuple(_CODES) as e:
-            await context.abort(_CODES[type(e)], str(e)[:_MAX_DETAILS])
+        except tuple(CODES) as e:
+            await abort(context, e, self._coordinator.router.retry_after)
         finally:
             self._calls -= 1
 
@@ -168,21 +190,27 @@ class Inference(rpc.InferenceServicer):
     # Requests
 
     async def _start(self, asked: pb.GenerateRequest) -> Completion:
-        """The completion that is asked for. Raises what `_CODES` has."""
+        """The completion that is asked for. Raises what errors.CODES has."""
+        key = caller()
         try:
-            return self._attach_or_submit(await self._request(asked))
+            if asked.priority > MAX_PRIORITY:
+                raise ValueError(f"priority: found {asked.priority}, expected 0 to {MAX_PRIORITY}")
+            owner = Owner(key.name, key.weight, key.max_requests, key.max_tokens)
+            return self._attach_or_submit(await self._request(asked), owner, min(asked.priority, key.max_priority))
         except ValueError as e:
             raise Invalid(str(e)) from e
 
-    def _attach_or_submit(self, request: Request, wait: bool = False) -> Completion:
+    def _attach_or_submit(self, request: Request, owner: Owner, priority: int, wait: bool = False) -> Completion:
         """One that is running, or has ended a while ago, if it is the same; else a new one."""
         name = request.request_id
         running = self._running.get(name)
         if running is not None:
-            running.entry.attach(request)
+            running.entry.attach(request, owner)
             return running
+        if self._refusing and not wait:
+            raise Unavailable("the server shuts down")
         # Tokens that there are already come before there is a completion to take them.
-        entry = self._coordinator.submit(request, self._take, wait)
+        entry = self._coordinator.submit(request, self._take, wait, owner, priority)
         completion = Completion(self._tokenizer, entry)
         if entry.ended:
             completion.take_all()
@@ -212,18 +240,26 @@ class Inference(rpc.InferenceServicer):
         most = self._coordinator.cluster.limits.max_model_len - 1
         if len(token_ids) > most:
             raise ValueError(f"prompt: found {len(token_ids)} tokens, expected at most {most} (max_model_len - 1)")
+        self._check_tokens(token_ids, most)
+        if params.max_tokens > self._max_output_tokens and asked.params.HasField("max_tokens"):
+            most = self._max_output_tokens
+            raise ValueError(f"max_tokens: found {params.max_tokens}, expected at most {most}")
+        return Request(asked.request_id or secrets.token_hex(8), token_ids, params, eos_token_ids=self._eos)
+
+    async def _encode(self, text: str, name: str = "prompt") -> list[int]:
+        if len(text) <= _INLINE:
+            return self._tokenizer.encode(text)
+        found, most = len(text.encode()), self._coordinator.cluster.limits.max_model_len * self._longest_token
+        if found > most:
+            raise ValueError(f"{name}: found {found} bytes, expected at most {most}, in which no more tokens fit")
+        return await asyncio.to_thread(self._tokenizer.encode, text)
+
+    def _check_tokens(self, token_ids: Sequence[int], most: int) -> None:
+        if len(token_ids) > most:
+            raise ValueError(f"token_ids: found {len(token_ids)} tokens, expected at most {most}")
         for i, token in enumerate(token_ids):
             if token >= self._vocab_size:
                 raise ValueError(f"token_ids[{i}]: found {token}, expected 0 to {self._vocab_size - 1}")
-        return Request(asked.request_id or secrets.token_hex(8), token_ids, params, eos_token_ids=self._eos)
-
-    async def _encode(self, prompt: str) -> list[int]:
-        if len(prompt) <= _INLINE:
-            return self._tokenizer.encode(prompt)
-        found, most = len(prompt.encode()), self._coordinator.cluster.limits.max_model_len * self._longest_token
-        if found > most:
-            raise ValueError(f"prompt: found {found} bytes, expected at most {most}, in which no more tokens fit")
-        return await asyncio.to_thread(self._tokenizer.encode, prompt)
 
     def _take(self, event: TokenEvent) -> None:
         completion = self._running.get(event.request_id)
@@ -242,7 +278,7 @@ class Inference(rpc.InferenceServicer):
 
     def _find(self, request_id: str) -> Completion:
         found = self._running.get(request_id) or self._ended(request_id)
-        if found is None:
+        if found is None or found.entry.owner.name != caller().name:
             raise NotFound(f"request_id: found {request_id[:MAX_REQUEST_ID]!r}, which is neither running nor kept")
         return found
 
@@ -254,25 +290,3 @@ class Inference(rpc.InferenceServicer):
         completion = Completion(self._tokenizer, entry)
         completion.take_all()
         return completion
-
-
-class Admin(rpc.AdminServicer):
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
-
-    async def Status(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext) -> pb.StatusResponse:
-        return pb.StatusResponse(json=json.dumps(self._coordinator.status()))
-
-    async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext) -> pb.DrainResponse:
-        try:
-            left = await self._coordinator.drain(request.host)
-        except LookupError as e:
-            await context.abort(grpc.StatusCode.NOT_FOUND, str(e)[:_MAX_DETAILS])
-        except Unavailable as e:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(e)[:_MAX_DETAILS])
-        return pb.DrainResponse(**left)
-
-
-def add_to(server: grpc.aio.Server, inference: Inference, admin: Admin) -> None:
-    rpc.add_InferenceServicer_to_server(inference, server)
-    rpc.add_AdminServicer_to_server(admin, server)

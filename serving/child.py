@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -77,16 +80,17 @@ class Child:
     @property
     def state(self) -> str:
         """One letter of proc(5): "R" runs, "S" sleeps, "T" and "t" are stopped, "Z" has ended and "X" is gone."""
-        try:
-            stat = os.pread(self._stat, 512, 0)
-        except OSError:  # it has been waited for
-            return "X"
-        return chr(stat[stat.rindex(b")") + 2])
+        return _state(self._stat)
 
     @property
     def stopped(self) -> bool:
         """Whether it stands still, by SIGSTOP or a debugger."""
         return self.state in "tT"
+
+    def wait(self, seconds: float) -> None:
+        """For its end, at most so long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
 
     def kill(self) -> None:
         """SIGKILL, to it and if it leads a session to whatever it started there."""
@@ -127,6 +131,55 @@ class Child:
         if self._stat >= 0:
             os.close(self._stat)
         self._stat = -1
+
+
+class Orphan:
+    """A process whose parent has died, found by a socket to it. To its new owner it is like a Child without a log."""
+
+    def __init__(self, name: str, sock: socket.socket) -> None:
+        """Raises OSError if there is none, or it is another user's."""
+        self.name, self.channel = name, Channel(sock)
+        self.pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid != os.getuid():
+            raise PermissionError(f"{name}: process {self.pid} belongs to user {uid}, expected {os.getuid()}")
+        self._pidfd = os.pidfd_open(self.pid)
+        self._stat = os.open(f"/proc/{self.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+
+    @property
+    def ended(self) -> bool:
+        return _state(self._stat) in "XZ"
+
+    @property
+    def stopped(self) -> bool:
+        return _state(self._stat) in "tT"
+
+    def wait(self, seconds: float) -> None:
+        """For its end, at most so long."""
+        select.select([self._pidfd], [], [], seconds)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def describe(self, said: str | None = None) -> str:
+        fate = "has ended" if self.ended else "is stopped" if self.stopped else "is running"
+        return f"{self.name}: process {self.pid} {fate}" + ("" if said is None else f": {said}")
+
+    def close(self) -> None:
+        """Let go of it. The process is not touched, but sees the socket end."""
+        self.channel.close()
+        for fd in (self._pidfd, self._stat):
+            if fd >= 0:
+                os.close(fd)
+        self._pidfd = self._stat = -1
+
+
+def _state(stat: int) -> str:
+    try:
+        text = os.pread(stat, 512, 0)
+    except OSError:  # it has been waited for
+        return "X"
+    return chr(text[text.rindex(b")") + 2])
 
 
 def end(children: Sequence[Child], patience: float = 2.0) -> None:

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_jax.batch import Counts
+    from serving.options import Options
+
+from serving.credentials import add_client, add_credentials, add_server
 
 LLMFactory = Callable[..., Any]  # called as LLM is; returns a context manager that gives an Engine (moe_jax.batch)
 
@@ -305,6 +308,14 @@ def configure_serve(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--platform", choices=("cpu", "cuda"), help="of the workers (default: a GPU if there is one)")
     group.add_argument("--journal", type=Path, metavar="DIR", help="requests are kept there and outlive this process")
     group.add_argument("--log-dir", type=Path, metavar="DIR", help="a log of each local worker")
+    group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: an object a line")
+    group.add_argument("--web", type=_address, metavar="HOST:PORT", help="serve a status page and /metrics there")
+    group.add_argument("--max-queue-tokens", type=_positive, metavar="N", help="of all requests that are accepted")
+    group.add_argument("--max-output-tokens", type=_positive, metavar="N", help="that one request may ask for")
+    group.add_argument(
+        "--grace", type=float, default=20.0, metavar="S", help="seconds for accepted requests to finish after SIGTERM"
+    )
+    add_server(parser)
     add_model_options(parser)
 
 
@@ -315,14 +326,15 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     import os
 
     from moe_jax.llm import model_directory
-    from serving import server
+    from serving.credentials import server_credentials
     from serving.environment import guess_platform
+    from serving.options import Options
 
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.INFO)
     given = llm_options(args)
     own = {name: given.pop(name) for name in ("hosts", "ranks_per_host", "load_format") if name in given}
     with _bad_input():
-        options = server.Options(
+        options = Options(
             model=model_directory(given.pop("model")),
             address=args.address,
             platform=args.platform or guess_platform(os.environ.get("JAX_PLATFORMS")),
@@ -331,14 +343,30 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
             restart=not args.no_restart,
             journal=args.journal,
             log_dir=args.log_dir,
+            max_queue_tokens=args.max_queue_tokens,
+            max_output_tokens=args.max_output_tokens,
+            grace=args.grace,
+            web=args.web,
+            log_json=args.log_format == "json",
+            **server_credentials(args, args.workers == "local"),
             **own,
         )
-        cluster, model = server.prepare(options)
         try:
-            asyncio.run(server.serve(options, cluster, model, lambda line: print(line, flush=True)))
+            asyncio.run(_serve(options, lambda line: print(line, flush=True)))
         except RuntimeError as error:
             raise Failure(str(error)) from error
     return 0
+
+
+async def _serve(options: Options, say: Callable[[str], None]) -> None:
+    """With a journal the coordinator may die, and so it is a process of its own, apart from what starts workers."""
+    if options.workers and options.journal is not None:
+        from serving.keeper import keep
+
+        return await keep(options, say)
+    from serving import server
+
+    await server.serve(options, *server.prepare(options), say)
 
 
 # -- worker ---------------------------------------------------------------------------------------------------------
@@ -350,6 +378,7 @@ def configure_worker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", required=True, metavar="NAME", help="label of the failure domain it belongs to")
     parser.add_argument("--platform", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="seconds to go on uncoordinated")
+    add_credentials(parser)
 
 
 def run_worker(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
@@ -358,11 +387,13 @@ def run_worker(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     import os
 
     from serving import worker
+    from serving.credentials import credentials
     from serving.environment import guess_platform
 
     with _bad_input():
         platform = args.platform or guess_platform(os.environ.get("JAX_PLATFORMS"))
-        options = worker.Options(args.coordinator, args.rank, args.host, platform, args.patience)
+        given = credentials(args)
+        options = worker.Options(args.coordinator, args.rank, args.host, platform, args.patience, **given)
         return asyncio.run(worker.supervise(options))
 
 
@@ -370,14 +401,15 @@ def run_worker(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
 
 
 @contextlib.contextmanager
-def _admin(address: str) -> Iterator[Any]:
-    """The Admin service of the coordinator there. What it refuses is bad input, what fails is a failure."""
+def _admin(args: argparse.Namespace) -> Iterator[Any]:
+    """The Admin service of a coordinator. What it refuses is bad input, what fails is a failure."""
     import grpc
 
     from serving.protos import inference_pb2_grpc as rpc
 
+    address = args.address
     refusals = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT)
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+    with _channel(args) as channel:
         try:
             yield rpc.AdminStub(channel)
         except grpc.RpcError as error:
@@ -389,15 +421,36 @@ def _admin(address: str) -> Iterator[Any]:
             raise Failure(reason) from None
 
 
-def configure_status(parser: argparse.ArgumentParser) -> None:
+def _channel(args: argparse.Namespace) -> Any:
+    import grpc
+
+    from serving.access import with_key
+    from serving.credentials import api_key, client_tls
+
+    with _bad_input():
+        tls, key = client_tls(args), api_key(args)
+    options = [("grpc.enable_http_proxy", 0)]
+    if tls is None:
+        channel = grpc.insecure_channel(args.address, options=options)
+    else:
+        channel = grpc.secure_channel(args.address, tls.channel_credentials(), options=options)
+    return channel if key is None else grpc.intercept_channel(channel, with_key(key))
+
+
+def _add_coordinator(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", type=_address, default=_ADDRESS, metavar="HOST:PORT", help="of the coordinator")
+    add_client(parser)
+
+
+def configure_status(parser: argparse.ArgumentParser) -> None:
+    _add_coordinator(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def run_status(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     from serving.protos import inference_pb2 as pb
 
-    with _admin(args.address) as admin:
+    with _admin(args) as admin:
         text = admin.Status(pb.StatusRequest(), timeout=10.0).json
     if args.json:
         print(text)
@@ -433,9 +486,26 @@ def _print_status(status: dict[str, Any]) -> None:
         console.print("\nchanges of the ranks that serve, in ms:", changes, sep="\n")
 
 
+def configure_top(parser: argparse.ArgumentParser) -> None:
+    _add_coordinator(parser)
+    parser.add_argument("--every", type=float, default=0.5, metavar="S", help="seconds between two looks")
+    parser.add_argument("--looks", type=_positive, metavar="N", help="end after so many")
+
+
+def run_top(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    from serving import top
+    from serving.protos import inference_pb2 as pb
+
+    with _admin(args) as admin:
+        top.show(
+            lambda: json.loads(admin.Status(pb.StatusRequest(slots=True), timeout=10.0).json), args.every, args.looks
+        )
+    return 0
+
+
 def configure_drain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("host", metavar="HOST", help="label of the host that shall leave")
-    parser.add_argument("--address", type=_address, default=_ADDRESS, metavar="HOST:PORT", help="of the coordinator")
+    _add_coordinator(parser)
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for it to have left")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
@@ -443,12 +513,32 @@ def configure_drain(parser: argparse.ArgumentParser) -> None:
 def run_drain(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     from serving.protos import inference_pb2 as pb
 
-    with _admin(args.address) as admin:
+    with _admin(args) as admin:
         left = admin.Drain(pb.DrainRequest(host=args.host), timeout=args.timeout)
     if args.json:
         print(json.dumps({"host": args.host, "ranks": list(left.ranks), "epoch": left.epoch}))
     else:
         print(f"{args.host}: ranks {' '.join(map(str, left.ranks))} left; the cluster is in epoch {left.epoch}")
+    return 0
+
+
+# -- key ------------------------------------------------------------------------------------------------------------
+
+
+def configure_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="of whoever is to use it")
+    parser.add_argument("--admin", action="store_true", help="it may also drain hosts and the like")
+
+
+def run_key(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    """The key goes to stdout, once; what the file of keys has of it to stderr."""
+    from serving.access import draw_key
+
+    key, digest = draw_key()
+    print(key)
+    print(f"\nfor the file of --api-keys:\n\n[{json.dumps(args.name)}]\nsha256 = \"{digest}\"", file=sys.stderr)
+    if args.admin:
+        print("admin = true", file=sys.stderr)
     return 0
 
 
@@ -473,7 +563,9 @@ COMMANDS: tuple[Command, ...] = (
     Command("serve", "Serve a model over gRPC: a coordinator and its workers.", configure_serve, run_serve),
     Command("worker", "Run one rank of a cluster whose coordinator is elsewhere.", configure_worker, run_worker),
     Command("status", "Show what a cluster is doing.", configure_status, run_status),
+    Command("top", "Show what a cluster is doing, live.", configure_top, run_top),
     Command("drain", "Move a host's requests to others and let it leave.", configure_drain, run_drain),
+    Command("key", "Draw an API key.", configure_key, run_key),
     Command("convert", "Write a serving checkpoint of a model.", configure_convert, run_convert),
 )
 

@@ -32,6 +32,7 @@ class Cluster:
     service: str = "serving.jax_service"  # modules; tests have others
     engine: str = "serving.engine_process"
     service_host: str = "127.0.0.1"  # of this machine, as engines on others can reach it
+    max_tokens: int = 1 << 22  # of the prompts and outputs of all requests that are open
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
 
@@ -60,11 +61,6 @@ class Repairs:
         """One answer more; milliseconds at most. To be called now and then."""
         if len(self._known) < _KEPT and (asked := next(self._coming, None)):
             self(*asked)
-
-
-def host_labels(hosts: int, ranks_per_host: int) -> tuple[str, ...]:
-    """Of each rank."""
-    return tuple(f"host{i}" for i in range(hosts) for _ in range(ranks_per_host))
 
 
 def make_cluster(
@@ -102,12 +98,17 @@ def make_cluster(
     def restore(slots: Slots, ranks: Sequence[int]) -> Slots:
         return placement.restore(slots, ranks, hosts, model.num_experts, config.replication)
 
+    def rebalance(slots: Slots, ranks: Sequence[int]) -> Slots | None:
+        wanted = plan(ranks)
+        return None if wanted is None else keep_in_place(slots, wanted)
+
     rules = Rules(
         len(hosts),
         tuple(hosts),
         plan,
         repairs,
         restore,
+        rebalance,
         orders="any" if platform == "cpu" else "sorted",
         **{"ready_timeout_s": startup_timeout, "join_timeout_s": startup_timeout, **(times or {})},
     )
@@ -119,6 +120,21 @@ def make_cluster(
         "timeout": startup_timeout,
     }
     return Cluster(rules, Limits.of(config), model.num_experts, start, repairs), model, config
+
+
+def keep_in_place(held: Slots, wanted: Slots) -> Slots:
+    """`wanted`, with each rank's slots of a layer in such an order that what it holds already stays where it is."""
+    result = wanted.copy()
+    for layer, rank in np.ndindex(wanted.shape[:2]):
+        before, rest = held[layer, rank], list(wanted[layer, rank])
+        row = np.full(len(before), -2, np.int32)
+        for i, expert in enumerate(before):
+            if expert in rest:
+                rest.remove(expert)
+                row[i] = expert
+        row[row == -2] = rest
+        result[layer, rank] = row
+    return result
 
 
 def _plan(layers: int, experts: int, slots: int, hosts: Sequence[str], ranks: Sequence[int], replication: int) -> Slots:

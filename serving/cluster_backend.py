@@ -25,9 +25,9 @@ import numpy as np
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError
 from moe_jax.request import Request, TokenEvent
-from serving.cluster import Cluster, host_labels, make_cluster
+from serving.cluster import Cluster, make_cluster
 from serving.coordinator import Coordinator, Watcher
-from serving.environment import Platform, compilation_cache, engine_environment, guess_platform
+from serving.environment import Platform, compilation_cache, engine_environment, guess_platform, host_labels
 from serving.launcher import Launcher
 from serving.ledger import Entry
 from serving.membership import Epoch

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,23 +22,39 @@ import numpy as np
 from moe_jax import placement
 from moe_jax.request import Request
 from serving import membership as m
-from serving.channel import Message, encode
+from serving.access import Guard
+from serving.admission import Owner
+from serving.channel import MAX_MESSAGE, Message, encode
 from serving.cluster import Cluster
 from serving.frame_server import FrameServer
 from serving.journal import Journal
 from serving.ledger import Entry, Place
 from serving.membership import Membership
+from serving.metrics import Metrics
 from serving.protos import cluster_pb2_grpc as rpc
 from serving.recoveries import Recoveries
 from serving.router import Listener, Oblivion, Router
 from serving.service_process import ServiceProcess
-from serving.worker import GRPC_OPTIONS, PROTOCOL
+from serving.takeover import Takeover
+from serving.tls import Tls
+from serving.worker import KEEPALIVE, PROTOCOL
 from serving.worker_stream import ClusterService, WorkerStream
 
 log = logging.getLogger(__name__)
 
+_NOBODY = Owner()
+MAX_REQUEST = 4 << 20  # bytes of a message to this server: a prompt of a million tokens
+SERVER_OPTIONS = (
+    *KEEPALIVE,
+    ("grpc.max_receive_message_length", MAX_REQUEST),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.http2.min_time_between_pings_ms", 5_000),
+    ("grpc.so_reuseport", 0),
+)
 _TICK = 0.2  # seconds, unless something is due before
 _STOOD_STILL = 0.5  # seconds between two ticks
+_FENCED = 64  # incarnations that are remembered
 _PATIENCE = 1.0  # seconds for workers to go at the end
 
 
@@ -60,15 +77,29 @@ class Watcher:
 class Coordinator:
     """Belongs to the running event loop; no method may be called from elsewhere."""
 
-    def __init__(self, cluster: Cluster, journal: Journal | None = None, watcher: Watcher | None = None) -> None:
-        """Without a journal nothing outlives this process. With one, the requests that are in it go on."""
+    def __init__(
+        self,
+        cluster: Cluster,
+        journal: Journal | None = None,
+        watcher: Watcher | None = None,
+        tls: Tls | None = None,
+        guard: Guard | None = None,
+    ) -> None:
+        """Without a journal nothing outlives this process. With one, the requests that are in it go on.
+
+        tls, guard: for all who connect; without them everybody may, in plain text.
+        """
         self.cluster, self.watcher = cluster, watcher or Watcher()
         self.address = ""
         self._membership = Membership(cluster.rules)
         self._journal = journal or Oblivion()
         self._membership.restore_from(*self._journal.last_numbers)
         self._recoveries = Recoveries()
-        self.router = Router(self._journal, self._recoveries, self._send, self._journal_failed)
+        self.metrics = Metrics()
+        limits, tokens = cluster.limits, cluster.max_tokens
+        self.router = Router(
+            self._journal, self._recoveries, self._send, self._journal_failed, limits, tokens, self.metrics
+        )
         self._actions: deque[m.Action] = deque()
         self._acting = False
         self._numbers = self._membership.numbers
@@ -79,6 +110,7 @@ class Coordinator:
         self._fences: dict[tuple[int, int], deque[tuple[int, int]]] = {}  # (generation, node): (rank, incarnation)
         self._epochs: dict[int, int] = {}  # incarnation: in how many it has been, of the current members
         self._draining: dict[str, tuple[set[int], asyncio.Future[None]]] = {}  # host: incarnations that shall leave
+        self._rebalanced: asyncio.Future[str] | None = None  # the cause of the next epoch that serves
         self._served = False  # ever
         self._compiled = 0  # programs, by engines of the mesh since then
         self._tick_at = 0.0
@@ -86,19 +118,30 @@ class Coordinator:
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._server: grpc.aio.Server | None = None
-        self._frames = FrameServer()
+        self._tls, self._guard = tls, guard
+        self._frames = FrameServer(None if tls is None else tls.server_context())
+        self._takeover: Takeover | None = None  # while it lasts, membership is not told of anything
+        self._early: list[WorkerStream] = []  # that came meanwhile and have no part in it
+        self._taken_over: list[int] = []  # ranks
+        self._inherited = self._numbers[1]  # incarnations up to this one are another coordinator's
+        self._lost: list[int] = list(self._journal.get("lost", ()) or ())  # incarnations, the last that were fenced
 
     async def start(self, address: str = "127.0.0.1:0", faces: Sequence[Callable[[grpc.aio.Server], None]] = ()) -> str:
         """Listen; returns "host:port". `faces` may add other services to the server. Raises OSError if it is taken."""
-        self._server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.so_reuseport", 0)])
+        guards = [] if self._guard is None else [self._guard]
+        self._server = grpc.aio.server(interceptors=guards, options=SERVER_OPTIONS)
         rpc.add_ClusterServicer_to_server(ClusterService(self, self._frames), self._server)
         for face in faces:
             face(self._server)
         try:
-            port = self._server.add_insecure_port(address)
+            if self._tls is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._tls.server_credentials())
         except RuntimeError as e:
             raise OSError(f"address {address}: cannot listen there: {e}") from None
         self._frames.start(address.rpartition(":")[0].strip("[]"))
+        self._find_predecessor()
         await self._server.start()
         self.address = f"{address.rpartition(':')[0]}:{port}"
         self._tick()
@@ -127,17 +170,29 @@ class Coordinator:
         """Why nothing is served until ranks return; None if something is, or will be soon."""
         return self._membership.reason if self._membership.state == "UNSERVABLE" else None
 
-    def submit(self, request: Request, listener: Listener, wait: bool = False) -> Entry:
+    @property
+    def epoch(self) -> int:
+        """The last that was announced; 0: none."""
+        return 0 if self._membership.epoch is None else self._membership.epoch.number
+
+    def submit(
+        self,
+        request: Request,
+        listener: Listener,
+        wait: bool = False,
+        owner: Owner = _NOBODY,
+        priority: int = 0,
+    ) -> Entry:
         """Serve a request: `listener` hears every token of it, from the first on, in order, once.
 
         The same request again attaches another listener, also if it ended a while ago. wait: accept it also while
-        nothing can be served.
+        nothing can be served. owner: whose bounds it counts for, and whose turn it waits for.
         Raises ValueError for what can never be served, ledger.AlreadyExists, scheduler.QueueFull, Unavailable.
         """
         self.cluster.limits.check(request)
         if not wait and self.unservable is not None:
             raise Unavailable(self.unservable)
-        return self.router.submit(request, listener)
+        return self.router.submit(request, listener, owner, priority)
 
     def finish(self, entry: Entry) -> None:
         """Its text is complete, by a stop string of which the engine does not know. Nothing more is heard of it."""
@@ -164,8 +219,20 @@ class Coordinator:
     def worker_came(self, stream: WorkerStream) -> None:
         if stream.version != PROTOCOL:
             return stream.dismiss(f"found protocol {stream.version!r}, expected {PROTOCOL!r}: install the same version")
-        if stream.claimed:
+        if self._takeover is not None:
+            if self._takeover.expects(stream.rank, stream.claimed):
+                self._attach(stream)
+            else:
+                self._early.append(stream)
+                if not stream.claimed:
+                    self._takeover.replaced(stream.rank)
+                    self._look_at_takeover()
+            return
+        if stream.claimed > self._inherited:
             return stream.dismiss(f"rank {stream.rank} was lost as incarnation {stream.claimed}")
+        self._register(stream)
+
+    def _register(self, stream: WorkerStream) -> None:
         incarnation, actions = self._membership.hello(stream.rank, stream.host, time.monotonic())
         self._keep_numbers()
         stream.welcome(incarnation)
@@ -176,7 +243,7 @@ class Coordinator:
 
     def worker_beat(self, stream: WorkerStream, running: bool, stopped: bool) -> None:
         rank, incarnation, now = stream.rank, stream.incarnation, time.monotonic()
-        if not incarnation or self._closed:
+        if not incarnation or self._closed or self._takeover is not None:
             return
         done = stream.steps, self.router.ledger.load(Place(rank, incarnation)).jobs > 0
         if done != stream.told:
@@ -187,7 +254,7 @@ class Coordinator:
         self._do(self._membership.heartbeat(rank, incarnation, now, running, stopped))
 
     def worker_ended(self, stream: WorkerStream, reason: str) -> bool:
-        if not stream.incarnation or stream.dismissed is not None or self._closed:
+        if not stream.incarnation or stream.dismissed is not None or self._closed or self._takeover is not None:
             return False
         if stream.generation not in self._services:
             return True  # it died with the JAX service; another will be started
@@ -200,14 +267,19 @@ class Coordinator:
         return False
 
     def worker_mute(self, stream: WorkerStream, reason: str = "its engine cannot be heard") -> None:
-        if stream.incarnation and not self._closed and stream.dismissed is None:
+        if self._takeover is not None:
+            self._takeover.gone(stream.rank)
+        elif stream.incarnation and not self._closed and stream.dismissed is None:
             stream.ill_since = time.monotonic()
             self._do(self._membership.lost(stream.rank, stream.incarnation, reason, stream.ill_since))
 
     def worker_gone(self, stream: WorkerStream, reason: str) -> None:
         now = time.monotonic()
         stream.ill_since = stream.ill_since or now
-        if stream.incarnation and not self._closed:
+        if self._takeover is not None:
+            self._takeover.gone(stream.rank)
+            self._early = [s for s in self._early if s is not stream]
+        elif stream.incarnation and not self._closed:
             self._do(self._membership.lost(stream.rank, stream.incarnation, reason, now))
         self._streams = {i: s for i, s in self._streams.items() if s is not stream}
         if self._current.get(stream.rank) is stream:
@@ -222,8 +294,13 @@ class Coordinator:
             match body["type"]:
                 case "started":
                     stream.engine_pid = body["pid"]
+                case "adopted":
+                    self._adopted(stream, body)
+                case _ if self._takeover is not None:
+                    pass  # not before it is clear who is who
                 case "events":
                     stream.steps = body.get("steps", stream.steps + 1)
+                    stream.usage = body.get("usage")
                     self.router.take_events(rank, incarnation, body["events"])
                 case "score":
                     self.router.take_score(rank, incarnation, message)
@@ -250,6 +327,10 @@ class Coordinator:
     # What the JAX service does (service_process.ServiceEvents)
 
     def service_started(self, service: ServiceProcess) -> None:
+        if self._takeover is not None:
+            return self._look_at_takeover()
+        nodes = self._nodes[service.generation]
+        self.router.keep(lambda: self._journal.put("service", [service.generation, nodes, service.name]))
         self._do(self._membership.service_up(service.generation, time.monotonic()))
 
     def service_fenced(self, service: ServiceProcess, node: int) -> None:
@@ -262,7 +343,78 @@ class Coordinator:
     def service_failed(self, service: ServiceProcess, reason: str) -> None:
         log.warning("%s", reason)
         self._services.pop(service.generation, None)
+        if self._takeover is not None:
+            return self._end_takeover()
         self._do(self._membership.service_lost(service.generation, time.monotonic()))
+
+    # Another coordinator's workers (serving.takeover)
+
+    def _find_predecessor(self) -> None:
+        epoch, service = self._journal.last_epoch, self._journal.get("service")
+        if epoch is None or service is None:
+            return
+        generation, nodes, name = service
+        try:
+            process = ServiceProcess.take_over(generation, name, self)
+        except OSError as e:
+            return log.info("JAX service %d: not found: %s", generation, e)
+        if generation != epoch.generation or generation != self._membership.generation:
+            return process.close()  # another generation was being started: let it start anew
+        self._services[generation], self._nodes[generation] = process, tuple(nodes)
+        self._takeover = Takeover(epoch, tuple(nodes), set(self._lost), time.monotonic())
+
+    def _attach(self, stream: WorkerStream) -> None:
+        """Have the worker's engine say where it stands."""
+        assert self._takeover is not None
+        stream.attach(stream.claimed, self._takeover.epoch.generation, lambda: stream.send({"type": "adopt"}))
+        self._streams[stream.incarnation] = self._current[stream.rank] = stream
+
+    def _adopted(self, stream: WorkerStream, answer: dict[str, Any]) -> None:
+        if self._takeover is not None and self._current.get(stream.rank) is stream:
+            stream.device, stream.seconds = answer.get("device", stream.device), answer.get("seconds", {})
+            stream.answers["programs"] = {"sizes": answer.get("sizes", [])}
+            self.router.bell = max(self.router.bell, answer["bells"])
+            self._takeover.answered(stream.rank, answer, time.monotonic())
+            self._look_at_takeover()
+
+    def _look_at_takeover(self) -> None:
+        """Whether it is time to go on. The service must have said where it is, for ranks that join."""
+        takeover = self._takeover
+        if takeover is None or not takeover.over(time.monotonic()):
+            return
+        service = self._services.get(takeover.epoch.generation)
+        if service is not None and service.address is not None:
+            self._end_takeover()
+
+    def _end_takeover(self) -> None:
+        takeover, self._takeover = self._takeover, None
+        assert takeover is not None
+        now, epoch = time.monotonic(), takeover.epoch
+        found = [self._current[rank] for rank in sorted(takeover.answers)]
+        others = [s for s in self._current.values() if s not in found] + self._early
+        self._early.clear()
+        self._streams = {s.incarnation: s for s in found}
+        self._current = {s.rank: s for s in found}
+        if epoch.generation in self._services and found:
+            log.info("took over ranks %s in epoch %d", [s.rank for s in found], epoch.number)
+            self._served = True
+            self._taken_over = [s.rank for s in found]
+            orders = self._journal.orders(epoch.generation)
+            self._epochs = dict.fromkeys(epoch.incarnations, len(orders))  # at most
+            actions = self._membership.take_over(epoch, takeover.nodes, orders, takeover.entered, now)
+            if self._membership.state == "SERVING":
+                self.router.serve({s.rank: s.incarnation for s in found}, ())
+                self.router.wake()  # some may wait inside a step for others, which have heard no bell
+            self._do(actions)
+        else:
+            others += found
+            self._streams, self._current = {}, {}
+            for service in self._services.values():
+                service.close()
+            self._services.clear()
+        for stream in others:
+            stream.disconnect()
+            self._register(stream)
 
     # Actions
 
@@ -306,6 +458,8 @@ class Coordinator:
             case m.Serve(epoch):
                 self._served = True
                 self._recoveries.serving(now)
+                if self._rebalanced is not None and not self._rebalanced.done():
+                    self._rebalanced.set_result(self._membership.recoveries[-1].cause)
                 self.router.place()
                 if self.cluster.repairs is not None:
                     self.cluster.repairs.expect(epoch.slots, epoch.order)
@@ -337,7 +491,8 @@ class Coordinator:
         try:
             cluster = self.cluster
             module, host = cluster.service, cluster.service_host
-            service = ServiceProcess(generation, len(nodes), module, host, cluster.environ, self)
+            outlives = not isinstance(self._journal, Oblivion)
+            service = ServiceProcess.start(generation, len(nodes), module, host, cluster.environ, self, outlives)
         except OSError as e:
             log.error("JAX service: cannot be started: %s", e)
             return self._do(self._membership.service_lost(generation, time.monotonic()))
@@ -345,6 +500,8 @@ class Coordinator:
 
     def _fence(self, rank: int, incarnation: int, generation: int, node: int, now: float) -> None:
         service, stream = self._services.get(generation), self._streams.get(incarnation)
+        self._lost = [*self._lost, incarnation][-_FENCED:]
+        self.router.keep(lambda: self._journal.put("lost", self._lost))
         self._recoveries.fence(now if stream is None else stream.ill_since or stream.heard, now)
         if service is not None:
             self._fences.setdefault((generation, node), deque()).append((rank, incarnation))
@@ -423,13 +580,17 @@ class Coordinator:
         self._timer = asyncio.get_running_loop().call_at(self._tick_at, self._tick)
         for service in list(self._services.values()):
             service.look(now)
+        if self._takeover is not None:
+            return self._look_at_takeover()
         self._do(self._membership.tick(now))
         if self._membership.state == "SERVING" and self.cluster.repairs is not None:
             self.cluster.repairs.work()
 
     def _plan_tick(self) -> None:
         """Sooner than planned, if something is due."""
-        if self._timer is not None and not self._closed and self._membership.due < self._tick_at - 0.001:
+        if self._timer is None or self._closed or self._takeover is not None:
+            return
+        if self._membership.due < self._tick_at - 0.001:
             self._timer.cancel()
             self._tick_at = max(self._membership.due, time.monotonic())
             self._timer = asyncio.get_running_loop().call_at(self._tick_at, self._tick)
@@ -460,6 +621,20 @@ class Coordinator:
             self._draining.pop(host, None)
         return {"ranks": ranks, "epoch": self._membership.status()["epoch"]}
 
+    async def rebalance(self) -> dict[str, Any]:
+        """{"slots": that change, "epoch": the first in which they have}. Raises Unavailable when it is not possible
+        now, or a loss comes between."""
+        refused, slots, actions = self._membership.rebalance(time.monotonic())
+        if refused is not None:
+            raise Unavailable(refused)
+        if slots:
+            self._rebalanced = served = asyncio.get_running_loop().create_future()
+            self._do(actions)
+            cause = await served
+            if cause != "restore":
+                raise Unavailable(f"a change of the ranks came between ({cause}): try again")
+        return {"slots": slots, "epoch": self._membership.status()["epoch"]}
+
     def worn_host(self, most: int) -> str | None:
         """A host with an engine that has been in more than `most` epochs, the most worn one; None also while a rank is
         missing or another host could not be spared."""
@@ -470,8 +645,8 @@ class Coordinator:
         epochs, rank = max((self._epochs[incarnation], rank) for rank, incarnation in self.router.members.items())
         return self.cluster.rules.hosts[rank] if epochs > most else None
 
-    def status(self) -> dict[str, Any]:
-        """What `moe-jax status --json` prints."""
+    def status(self, slots: bool = False) -> dict[str, Any]:
+        """What `moe-jax status --json` prints. slots: with what each slot holds, [layers][ranks][slots] of experts."""
         status, hosts = self._membership.status(), self.cluster.rules.hosts
         epoch = self._membership.epoch
         for rank in status["ranks"]:
@@ -481,6 +656,8 @@ class Coordinator:
             rank["supervisor_pid"] = None if known is None else known.pid
             rank["device"] = None if known is None else known.device
             # Sizes of meshes whose programs its engine has at hand.
+            rank["kv_cache_usage"] = None if known is None or known.usage is None else round(known.usage, 4)
+            rank["requests"] = 0 if known is None else self._load(known)
             rank["programs"] = [] if known is None else known.answers.get("programs", {}).get("sizes", [])
         live = [r["rank"] for r in status["ranks"] if r["state"] == "live"]
         return {
@@ -489,13 +666,23 @@ class Coordinator:
             "compilations": self._compiled,
             "recoveries": self._recoveries.changes(),
             "switches": self._recoveries.switches(),
+            "coordinator": {"pid": os.getpid(), "took_over": self._taken_over},
             "service_pid": next((s.pid for s in reversed(self._services.values())), None),
             "requests": {
                 "open": len(self.router.ledger),
                 "waiting": self.router.ledger.waiting,
                 **vars(self.router.ledger.counts),
             },
+            **({"slots": [] if epoch is None else epoch.slots.tolist()} if slots else {}),
         }
+
+    def observe(self, slots: bool = False) -> dict[str, Any]:
+        """`status`, once the metrics know of all recoveries that are over."""
+        self.metrics.recoveries(self._recoveries.closed())
+        return self.status(slots)
+
+    def _load(self, stream: WorkerStream) -> int:
+        return self.router.ledger.load(Place(stream.rank, stream.incarnation)).jobs
 
     async def ask(self, question: dict[str, Any], timeout: float = 10.0) -> dict[int, dict[str, Any]]:
         """Every member's answer of the question's type, by rank. Raises TimeoutError."""

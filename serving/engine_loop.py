@@ -1,9 +1,12 @@
 """What an engine process does once its engine is built: obey the commands that have arrived, enter the epochs that are
 announced, and unless parked take a step with the other ranks.
 
-Commands: epoch, abort, prefetch, add, cancel, bell, score, status. Answers: arrived, entered, failed, prepared,
-prefetched, events, score, status. Everything it has to say leaves through one function, so a test can stand in for the
-process.
+Commands: epoch, abort, prefetch, add, cancel, bell, score, status, adopt. Answers: arrived, entered, failed, prepared,
+prefetched, events, score, status, adopted. Everything it has to say leaves through one function, so a test can stand in
+for the process.
+
+`adopt` comes from a coordinator that follows another one: drop all requests, and say which epoch this engine is in. It
+is answered in the inbox's thread, for the main one may wait for ranks that are no more.
 
 An epoch with `shrink` set is entered at once: its collectives' predecessors have been aborted, or there were none. Any
 other is entered after the step at whose end all ranks know of it. `abort` is obeyed in the inbox's thread, because the
@@ -58,6 +61,7 @@ class EngineLoop:
         self._gate = threading.Lock()  # held to change `_inside`, and to cut what is inside
         self._cut = 0.0  # when a cut was asked for
         self._said = time.monotonic()
+        self.about: Callable[[], dict[str, Any]] = dict  # what else to say to a new coordinator
 
     def run(self, inbox: Inbox) -> None:
         while True:
@@ -114,6 +118,8 @@ class EngineLoop:
                     self._send({"type": "score", "number": body["number"], "error": str(e)})
             case "status":
                 self._send({"type": "status", **self.status()})
+            case "adopt":  # `urgent` has answered
+                self._drop_requests()
             case other:
                 raise ValueError(f"command: found {other!r}, expected one of those in the docstring of this module")
 
@@ -125,6 +131,10 @@ class EngineLoop:
             self._cut = time.monotonic()
             self._aborted = max(self._aborted, message.body["epoch"])
             threading.Thread(target=self._cut_until_outside, name="cut", daemon=True).start()
+        elif message.body["type"] == "adopt":
+            engine = self.engine
+            epoch = 0 if engine.mesh is None else engine.epoch
+            self._send({"type": "adopted", "epoch": epoch, "bells": engine.bells_heard, **self.about()})
 
     def _cut_until_outside(self) -> None:
         for attempt in range(int(_CUT_FOR / _CUT_EVERY)):
@@ -252,7 +262,8 @@ class EngineLoop:
         if events or now - self._said >= HEARTBEAT:
             self._said = now
             packed = [pack_event(e) for e in events]
-            self._send({"type": "events", "epoch": engine.epoch, "steps": engine.steps, "events": packed})
+            said = {"epoch": engine.epoch, "steps": engine.steps, "usage": engine.cache_usage}
+            self._send({"type": "events", **said, "events": packed})
         for number, job in list(self._scores.items()):
             self._send_scores(number, job)
 
@@ -267,6 +278,13 @@ class EngineLoop:
             "bells_answered": engine.bells_answered,
             "parked": engine.parked,
         }
+
+    def _drop_requests(self) -> None:
+        """Whoever asked for them is no more. What they have computed stays in the cache, for those who ask again."""
+        for request_id in self.engine.request_ids:
+            self.engine.cancel(request_id)
+        for number in list(self._scores):
+            self._cancel_score(number)
 
     # Scores
 

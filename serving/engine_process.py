@@ -54,6 +54,7 @@ def serve(rank: int, channel: Channel, inbox: Inbox) -> None:
     ahead.first(jax.devices(), device)
     seconds = {"join": joined - begun, "load": loaded - joined, "compile": time.monotonic() - loaded}
     loop = EngineLoop(engine, client, start["address"], start["rank"], send)
+    loop.about = lambda: {"device": device.device_kind, "seconds": seconds, "sizes": ahead.ready}
     inbox.urgent = loop.urgent
     send(
         {"type": "ready", "generation": start["generation"], "seconds": seconds, "device": device.device_kind}

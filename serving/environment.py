@@ -31,6 +31,11 @@ _CUDA = {
 }
 
 
+def host_labels(hosts: int, ranks_per_host: int) -> tuple[str, ...]:
+    """Of each rank of a cluster that names its hosts itself."""
+    return tuple(f"host{i}" for i in range(hosts) for _ in range(ranks_per_host))
+
+
 def guess_platform(jax_platforms: str | None) -> Platform:
     """What JAX will choose: the first of `jax_platforms` if that is set, else a GPU if there are one and its plugin."""
     if jax_platforms:

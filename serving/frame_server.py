@@ -9,8 +9,12 @@ import asyncio
 import contextlib
 import secrets
 import socket
+import ssl
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
+T = TypeVar("T")
 KEY_BYTES = 32  # of ASCII, first on every connection
 _GREETING = 10.0  # seconds until a connection must have said its key
 _MAX_STRANGERS = 256  # connections that have not
@@ -19,8 +23,9 @@ _MAX_STRANGERS = 256  # connections that have not
 class FrameServer:
     """Belongs to the running event loop."""
 
-    def __init__(self) -> None:
-        self.port = 0
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        """context: of a server that speaks TLS."""
+        self.port, self._context = 0, context
         self._expected: dict[bytes, Callable[[socket.socket], None]] = {}
         self._listening: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -63,14 +68,38 @@ class FrameServer:
     async def _greet(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        loop, key = asyncio.get_running_loop(), b""
-        with sock, contextlib.suppress(OSError, TimeoutError):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, TimeoutError):
+            stack.callback(sock.close)
             async with asyncio.timeout(_GREETING):
+                if self._context is not None:
+                    sock = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                    stack.callback(sock.close)
+                    await _attempt(sock, sock.do_handshake)
+                key = b""
                 while len(key) < KEY_BYTES:
-                    data = await loop.sock_recv(sock, KEY_BYTES - len(key))
+                    data = await _attempt(sock, partial(sock.recv, KEY_BYTES - len(key)))
                     if not data:
                         return
                     key += data
             connected = self._expected.pop(key, None)
             if connected is not None:
-                connected(sock)  # it is duplicated there
+                stack.pop_all()
+                connected(sock)
+
+
+async def _attempt(sock: socket.socket, attempt: Callable[[], T]) -> T:
+    """Do what does not block, as soon as it can be done."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            return attempt()
+        except (BlockingIOError, ssl.SSLWantReadError):
+            add, remove = loop.add_reader, loop.remove_reader
+        except ssl.SSLWantWriteError:
+            add, remove = loop.add_writer, loop.remove_writer
+        able = loop.create_future()
+        add(sock, lambda able=able: able.done() or able.set_result(None))
+        try:
+            await able
+        finally:
+            remove(sock)

@@ -46,14 +46,14 @@ class Inbox:
                         self._queue.put(message)
                 elif os.getppid() != self._parent:
                     break  # a fork of the parent may still hold the other end open
-                _bound_log()
+                bound_log()
         except ChannelClosed:
             pass
         finally:
             os._exit(0)
 
 
-def _bound_log() -> None:
+def bound_log() -> None:
     """Start the log again when it has grown too long. It is opened for appending, so that works at any time."""
     try:
         if os.fstat(2).st_size > MAX_LOG:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.request import Request, SamplingParams, TokenEvent
+from serving.admission import Owner
 from serving.ledger import Entry
 from serving.membership import Epoch
 
@@ -132,9 +133,12 @@ class Journal:
         return epoch, incarnation, generation
 
     def epoch(self, epoch: Epoch) -> None:
-        """To be kept before it is announced. Only the last hundred are."""
+        """To be kept before it is announced. Only the last hundred are, and all orders of the last generation."""
         body = vars(epoch) | {"slots": epoch.slots.shape}
         with self.transaction():
+            orders = self.orders(epoch.generation)
+            if epoch.order not in orders:
+                self.put("orders", [epoch.generation, [*orders, epoch.order]])
             slots = np.ascontiguousarray(epoch.slots, np.int32).tobytes()
             self._db.execute("REPLACE INTO epochs VALUES (?, ?, ?)", (epoch.number, json.dumps(body), slots))
             self._db.execute("DELETE FROM epochs WHERE number <= ?", (epoch.number - _EPOCHS,))
@@ -147,12 +151,18 @@ class Journal:
             return Epoch(**fields)
         return None
 
+    def orders(self, generation: int) -> list[tuple[int, ...]]:
+        """The orders of ranks that this generation, the last one, has had."""
+        known, orders = self.get("orders", [0, []])
+        return [tuple(order) for order in orders] if known == generation else []
+
     # Requests
 
     def accept(self, entry: Entry) -> None:
         """A new request. One of the same id that has ended is forgotten."""
         asked, now = entry.asked, self._clock()
         body = {"params": vars(asked.params), "eos_token_ids": asked.eos_token_ids, "seed": entry.seed}
+        body |= {"owner": entry.owner.name, "priority": entry.priority}
         with self.transaction():
             for (key,) in self._select("SELECT key FROM requests WHERE request_id = ?", asked.request_id):
                 self._forget(key)
@@ -201,7 +211,8 @@ class Journal:
             body = json.loads(body)
             params = SamplingParams(**body["params"])
             asked = Request(request_id, array("i", prompt), params, eos_token_ids=body["eos_token_ids"])
-            entry = Entry(key, asked, body["seed"], finish_reason=reason)
+            owner, priority = Owner(body.get("owner", "")), body.get("priority", 0)
+            entry = Entry(key, asked, body["seed"], finish_reason=reason, owner=owner, priority=priority)
             if tokens is not None:
                 entry.tokens, entry.logprobs = array("i", tokens), array("d", logprobs)
                 entry.tops = [_top(t) for t in json.loads(tops)] if tops else [()] * len(entry.tokens)

@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.access import TOKEN_VARIABLE
 from serving.child import Child
 from serving.environment import Platform, with_packages
 from serving.pipe import Pipe
+from serving.tls import Tls
 
 _BACKOFF = (0.1, 5.0)  # seconds until a worker is started again: the first time, and at most
 _SETTLED = 10.0  # seconds of life after which an end counts as the first one again
@@ -48,12 +50,18 @@ class Launcher:
         log_dir: Path | None = None,
         engine: str = "serving.engine_process",
         ended: Callable[[int, int | None, str], None] = lambda rank, code, what: None,
+        tls: Tls | None = None,
+        token: str | None = None,
     ) -> None:
         """hosts: the label of each rank. log_dir: where each rank's log goes, rank0.log and so on; none are kept
-        without. engine: the engine's module. ended: called with (rank, exit code, what became of its worker).
+        without. engine: the engine's module. ended: called with (rank, exit code, what became of its worker). tls,
+        token: what the workers show to the coordinator.
         """
         self._coordinator, self._platform, self._engine = coordinator, platform, engine
         self._environ, self._log_dir, self._ended, self._restart = with_packages(environ), log_dir, ended, restart
+        self._tls = tls
+        if token is not None:
+            self._environ = {**self._environ, TOKEN_VARIABLE: token}  # command lines are anybody's to read
         self._workers = [Worker(rank, host) for rank, host in enumerate(hosts)]
         self._held: set[str] = set()
         self._looking: asyncio.Task[None] | None = None
@@ -93,6 +101,10 @@ class Launcher:
         """Do not start this host's workers again, until `start` says so: it was drained."""
         self._held.add(host)
 
+    def retire(self) -> None:
+        """Whatever ends from now on is not started again: `close` follows."""
+        self._restart = False
+
     def dismissed(self, rank: int, pid: int) -> None:
         """The coordinator has told this supervisor to exit. One that does not hear it, because it is stopped, is
         killed after a while, since nothing else would bring the rank back; not without restarts."""
@@ -123,6 +135,9 @@ class Launcher:
         worker.restart, worker.begun = None, time.monotonic()
         arguments = ["--coordinator", self._coordinator, "--rank", str(worker.rank), "--host", worker.host]
         arguments += ["--platform", self._platform, "--engine", self._engine, "--parent", "{fd}"]
+        if self._tls is not None:
+            files = {"--tls-ca": self._tls.ca, "--tls-cert": self._tls.cert, "--tls-key": self._tls.key}
+            arguments += [word for name, file in files.items() if file is not None for word in (name, str(file))]
         log = None if self._log_dir is None else self._log_dir / f"rank{worker.rank}.log"
         child = Child(f"rank {worker.rank}", "serving.worker", arguments, self._environ, log=log)
         worker.child = child

@@ -21,6 +21,7 @@ import numpy as np
 
 from moe_jax.request import FinishReason, Request, TokenEvent
 from moe_jax.scheduler import QueueFull
+from serving.admission import FairQueue, Owner, Prefixes, block_hashes
 from serving.messages import PackedEvent, pack_request, unpack_event
 
 
@@ -41,6 +42,8 @@ class Load(NamedTuple):
 
 
 _IDLE = Load()
+_NOBODY = Owner()
+_DETOUR = 2  # jobs that a place may have more than the least loaded one, for a prompt whose beginning it knows
 
 
 @dataclass(eq=False)
@@ -48,6 +51,8 @@ class Job:
     """Something that one rank at a time does."""
 
     key: int  # for its whole life, and never another's
+    owner: Owner = field(default_factory=Owner, kw_only=True)
+    priority: int = field(default=0, kw_only=True)  # 0 to admission.MAX_PRIORITY, which goes first
     number: int = field(default=0, init=False)  # what the engine at `place` knows it by
     place: Place | None = field(default=None, init=False)  # None: it waits for one
     ended: bool = field(default=False, init=False)
@@ -55,6 +60,15 @@ class Job:
     @property
     def size(self) -> int:
         """Known tokens."""
+        raise NotImplementedError
+
+    @property
+    def cost(self) -> int:
+        """Tokens that it may take to compute, when it comes."""
+        raise NotImplementedError
+
+    @property
+    def prompt(self) -> Sequence[int]:
         raise NotImplementedError
 
     def command(self) -> dict[str, Any]:
@@ -82,14 +96,22 @@ class Entry(Job):
     def size(self) -> int:
         return len(self.asked.token_ids) + len(self.tokens)
 
+    @property
+    def cost(self) -> int:
+        return len(self.asked.token_ids) + self.asked.params.max_tokens
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        return self.asked.token_ids
+
     def command(self) -> dict[str, Any]:
         request = pack_request(self.number, self.asked)
         request |= {"params": request["params"] | {"seed": self.seed}, "output_ids": self.tokens.tolist()}
         return {"type": "add", "request": request}
 
-    def attach(self, asked: Request) -> Entry:
-        """Itself, if that is what is asked for. Raises AlreadyExists otherwise."""
-        if asked != self.asked:
+    def attach(self, asked: Request, owner: Owner) -> Entry:
+        """Itself, if that is what is asked for, by whom it belongs to. Raises AlreadyExists otherwise."""
+        if asked != self.asked or owner.name != self.owner.name:
             raise AlreadyExists(
                 f"request_id: found {asked.request_id!r}, which is in use with another prompt or other parameters, "
                 f"expected a new one"
@@ -125,6 +147,14 @@ class Score(Job):
     def size(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def cost(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        return self.token_ids
+
     def command(self) -> dict[str, Any]:
         return {"type": "score", "number": self.number, "token_ids": list(self.token_ids), "chunk": self.chunk}
 
@@ -141,6 +171,8 @@ class Counts:
     cancelled: int = 0  # jobs
     moved: int = 0  # times that a job had to leave its rank
     tokens: int = 0  # taken
+    prompt_tokens: int = 0  # of accepted requests
+    refused: int = 0  # at a bound
     # Token events that were dropped:
     stale: int = 0  # of what is not, or no longer, placed where they come from
     repeated: int = 0
@@ -153,17 +185,29 @@ class Ledger:
     draw_seed: gives a uint64, for a request that comes without.
     first_number: keys and numbers are drawn from here on. No engine and no journal may know of one of them already.
     max_jobs, max_tokens: bounds of what is here, checked when something new comes. Tokens are of prompts and outputs.
+    at_once: jobs that one place is given at most, and the others wait here, where their turn is fair; 0: no bound.
+    block: tokens that a rank's cache shares as a whole. blocks: how many it holds.
     """
 
     def __init__(
-        self, draw_seed: Callable[[], int], first_number: int = 1, max_jobs: int = 4096, max_tokens: int = 1 << 22
+        self,
+        draw_seed: Callable[[], int],
+        first_number: int = 1,
+        max_jobs: int = 4096,
+        max_tokens: int = 1 << 22,
+        at_once: int = 0,
+        block: int = 16,
+        blocks: int = 1 << 12,
     ) -> None:
-        self.max_jobs, self.max_tokens = max_jobs, max_tokens
+        self.max_jobs, self.max_tokens, self.at_once = max_jobs, max_tokens, at_once
+        self._block, self._blocks = block, blocks
         self.tokens = 0  # known ones, of all jobs
         self.counts = Counts()
         self._draw_seed, self._next = draw_seed, first_number
         self._jobs: dict[int, Job] = {}  # by key
-        self._waiting: dict[int, Job] = {}  # those without a place, by key
+        self._waiting: FairQueue[int] = FairQueue()  # keys of those without a place
+        self._owners: dict[str, Load] = {}  # what is open of each owner's
+        self._prefixes: dict[Place, Prefixes] = {}
         self._placed: dict[int, Job] = {}  # the others, by number
         self._by_id: dict[str, Entry] = {}
         self._loads: dict[Place, Load] = {}  # of places that have something to do
@@ -185,7 +229,7 @@ class Ledger:
 
     # Coming
 
-    def accept(self, asked: Request) -> tuple[Entry, bool]:
+    def accept(self, asked: Request, owner: Owner = _NOBODY, priority: int = 0) -> tuple[Entry, bool]:
         """(the request's entry, whether it is new). A new one waits for `place`; one that is known is attached to.
 
         Raises AlreadyExists for the id of another request, QueueFull at a bound, ValueError for output_ids.
@@ -194,12 +238,13 @@ class Ledger:
             raise ValueError(f"output_ids: found {len(asked.output_ids)} tokens, expected none in a new request")
         known = self._by_id.get(asked.request_id)
         if known is not None:
-            return known.attach(asked), False
-        self._check_room(len(asked.token_ids))
-        seed = asked.params.seed
-        entry = Entry(self._draw(), asked, self._draw_seed() if seed is None else seed)
+            return known.attach(asked, owner), False
+        self._check_room(len(asked.token_ids), owner)
+        seed = self._draw_seed() if asked.params.seed is None else asked.params.seed
+        entry = Entry(self._draw(), asked, seed, owner=owner, priority=priority)
         self.restore([entry])
         self.counts.accepted += 1
+        self.counts.prompt_tokens += len(asked.token_ids)
         return entry, True
 
     def restore(self, entries: Iterable[Entry]) -> None:
@@ -216,23 +261,39 @@ class Ledger:
 
     def score(self, token_ids: Sequence[int], chunk: int | None = None) -> Score:
         """A new job, which waits for `place`. Raises QueueFull at a bound."""
-        self._check_room(len(token_ids))
+        self._check_room(len(token_ids), _NOBODY)
         score = Score(self._draw(), token_ids, chunk)
         self._admit(score)
         return score
 
-    def _check_room(self, tokens: int) -> None:
+    def _check_room(self, tokens: int, owner: Owner) -> None:
+        open_ = self._owners.get(owner.name, _IDLE)
+        why = None
         if len(self._jobs) >= self.max_jobs:
-            raise QueueFull(f"queue: found {len(self._jobs)} requests, expected fewer: try again later")
-        if self.tokens + tokens > self.max_tokens:
-            raise QueueFull(
-                f"queue: found {self.tokens} tokens and {tokens} more, expected at most {self.max_tokens}: "
-                f"try again later"
-            )
+            why = f"queue: found {len(self._jobs)} requests, expected fewer"
+        elif self.tokens + tokens > self.max_tokens:
+            why = f"queue: found {self.tokens} tokens and {tokens} more, expected at most {self.max_tokens}"
+        elif open_.jobs >= owner.max_requests:
+            why = f"key {owner.name!r}: found {open_.jobs} requests open, expected fewer than {owner.max_requests}"
+        elif open_.tokens + tokens > owner.max_tokens:
+            found = f"{open_.tokens} tokens open and {tokens} more"
+            why = f"key {owner.name!r}: found {found}, expected at most {owner.max_tokens}"
+        if why is not None:
+            self.counts.refused += 1
+            raise QueueFull(f"{why}: try again later")
 
     def _admit(self, job: Job) -> None:
-        self._jobs[job.key] = self._waiting[job.key] = job
+        self._jobs[job.key] = job
+        self._waiting.push(job.key, job.owner, job.cost, job.priority)
         self.tokens += job.size
+        self._change_open(job, 1)
+
+    def _change_open(self, job: Job, count: int) -> None:
+        """Of its owner; prompts only, for their number stays."""
+        name, was = job.owner.name, self._owners.get(job.owner.name, _IDLE)
+        self._owners[name] = Load(was.jobs + count, was.tokens + count * len(job.prompt))
+        if not self._owners[name].jobs:
+            del self._owners[name]
 
     def _draw(self) -> int:
         self._next += 1
@@ -241,21 +302,39 @@ class Ledger:
     # Places
 
     def place(self, incarnations: Mapping[int, int]) -> list[Job]:
-        """Give every waiting job, oldest first, to the least loaded of these ranks (rank: incarnation).
+        """Give waiting jobs, in the order of serving.admission, to these ranks (rank: incarnation) that have room.
 
-        Least loaded by jobs, then by tokens, then the lowest rank. Returns the jobs: `command()` is to reach the engine
-        at `place` before anything else about them does. Without ranks they go on waiting.
+        Each goes to the least loaded one: by jobs, then by tokens, then the lowest rank; or to one that is a little
+        more loaded and has had the beginning of its prompt. Returns the jobs: `command()` is to reach the engine at
+        `place` before anything else about them does. Without ranks they go on waiting.
         """
         places = [Place(rank, incarnation) for rank, incarnation in incarnations.items()]
-        if not places:
-            return []
-        jobs = [self._waiting[key] for key in sorted(self._waiting)]
-        self._waiting.clear()
-        for job in jobs:
-            job.place, job.number = min(places, key=lambda place: (self.load(place), place)), self._draw()
+        if self._prefixes.keys() - places:
+            self._prefixes = {place: known for place, known in self._prefixes.items() if place in places}
+        jobs: list[Job] = []
+        while self._waiting:
+            free = [place for place in places if not self.at_once or self.load(place).jobs < self.at_once]
+            if not free:
+                break
+            key = self._waiting.pop()
+            assert key is not None
+            job = self._jobs[key]
+            job.place, job.number = self._choose(job, free), self._draw()
             self._placed[job.number] = job
             self._change_load(job.place, 1, job.size)
+            jobs.append(job)
         return jobs
+
+    def _choose(self, job: Job, places: Sequence[Place]) -> Place:
+        hashes = block_hashes(job.prompt, self._block)
+        if not hashes:
+            return min(places, key=lambda place: (self.load(place), place))
+        most = min(self.load(place).jobs for place in places) + _DETOUR
+        known = {place: self._prefixes.setdefault(place, Prefixes(self._blocks)) for place in places}
+        near = [place for place in places if self.load(place).jobs <= most]
+        best = min(near, key=lambda place: (-known[place].matched(hashes), self.load(place), place))
+        known[best].note(hashes)
+        return best
 
     def lost(self, rank: int, incarnation: int) -> list[Job]:
         """The engine of this incarnation is gone. Returns the jobs it had; they wait for `place`."""
@@ -270,14 +349,14 @@ class Ledger:
         for job in jobs:
             self._withdraw(job)
             job.restart()
-            self._waiting[job.key] = job
+            self._waiting.push_back(job.key, job.key)
         self.counts.moved += len(jobs)
         return jobs
 
     def _withdraw(self, job: Job) -> tuple[Place, int] | None:
         """Take a job from its place. (place, number) of before; None if it was waiting."""
         if job.place is None:
-            del self._waiting[job.key]
+            self._waiting.remove(job.key)
             return None
         before = job.place, job.number
         del self._placed[job.number]
@@ -353,6 +432,7 @@ class Ledger:
         told = self._withdraw(job)
         del self._jobs[job.key]
         self.tokens -= job.size
+        self._change_open(job, -1)
         if isinstance(job, Entry):
             del self._by_id[job.asked.request_id]
         return told

@@ -28,7 +28,7 @@ incarnation is in no later epoch, and what it still says changes nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, permutations
 from typing import Any, Literal
@@ -52,6 +52,7 @@ class Rules:
     plan: Callable[[Sequence[int]], Slots | None]  # ranks → slots; None: too few slots for all experts
     repair: Callable[[Slots, Sequence[int]], Slots | None]  # slots, ranks → every expert held by them; None: too few
     restore: Callable[[Slots, Sequence[int]], Slots]  # slots, ranks → more replicas; equal: nothing to do
+    rebalance: Callable[[Slots, Sequence[int]], Slots | None] = lambda slots, ranks: None  # a better one; None: none
     orders: Literal["any", "sorted"] = "any"  # any: an order of ranks forms a communicator once (Gloo). sorted: NCCL
     window_s: float = 0.02  # losses within it are one epoch
     heartbeat_timeout_s: float = 1.0
@@ -300,6 +301,43 @@ class Membership:
         """Go on after a driver that died: `numbers` as it persisted them. Before the first event."""
         self._number, self._incarnation, self.generation = epoch, incarnation, generation
 
+    def take_over(
+        self,
+        epoch: Epoch,
+        nodes: tuple[int, ...],
+        used: Collection[tuple[int, ...]],
+        entered: Mapping[int, int],
+        now: float,
+    ) -> list[Action]:
+        """Go on with the workers of a driver that died, before the first event and after `restore_from`.
+
+        epoch, nodes, used: the last epoch that was persisted, the nodes of its generation, whose service lives, and the
+        orders it has seen. entered: of the epoch's ranks whose engines were found, the last epoch each has entered. If
+        that is this one for all, they serve. If not, the others are lost, and those here recover: it is not known who
+        waits for whom.
+        """
+        self.epoch, self._nodes, self._slots = epoch, nodes, epoch.slots
+        self._phase, self._fresh, self._stepping, self._served_ever = "run", False, True, True
+        self._base = plan if (plan := self.rules.plan(nodes)) is not None else epoch.slots
+        self._services, self._used = [epoch.generation], {epoch.order, *used}
+        self._members, self._oldest = list(epoch.order), epoch.number
+        for rank, incarnation in zip(epoch.order, epoch.incarnations, strict=True):
+            self._workers[rank] = Worker(rank, incarnation, incarnation, "ready", started=True)
+            self._timers.start(self.rules.heartbeat_timeout_s, now, "heartbeat", rank)
+        for rank in nodes:  # a new engine of theirs may have begun to join, and nobody knows of it any more
+            if rank not in epoch.order:
+                self._out.append(Fence(rank, 0, self.generation, nodes.index(rank)))
+                self._timers.start(self.rules.fence_timeout_s, now, "fence", rank, 0)
+        missing = [rank for rank in epoch.order if rank not in entered]
+        if missing:
+            self._lose(dict.fromkeys(missing, "it was not there when another coordinator took over"), now)
+        elif any(number != epoch.number for number in entered.values()):
+            self._note("loss", f"not all ranks had entered epoch {epoch.number} when the coordinator was lost", now)
+            self._halt(now)
+        else:
+            self._serve(epoch, now)
+        return self._advance(now)
+
     @property
     def numbers(self) -> tuple[int, int, int]:
         """(epoch, incarnation, generation) last used. To be persisted before the actions they came with are done."""
@@ -476,6 +514,19 @@ class Membership:
         if self.state == "SERVING" and self._leaving:
             self._say("DRAINING", f"host {host}")
         return None, self._advance(now)
+
+    def rebalance(self, now: float) -> tuple[str | None, int, list[Action]]:
+        """Change to the placement that `rules` would make of these ranks now. (why not, slots that change, actions)."""
+        if self.state != "SERVING" or self._target is not None or self._pending is not None:
+            busy = "a change of placement" if self.state == "SERVING" else self.state
+            return f"found {busy}, expected the state SERVING and no change: try again then", 0, []
+        target = self.rules.rebalance(self._slots, sorted(self._members))
+        if target is None or np.array_equal(target, self._slots):
+            return None, 0, []
+        self._target = target
+        self._fetching = {r for r in self._members if not np.array_equal(target[:, r], self._slots[:, r])}
+        self._prefetch(now)
+        return None, int((target != self._slots).sum()), self._advance(now)
 
     def resume(self, now: float) -> None:
         """The driver stood still: nobody is judged by that time."""

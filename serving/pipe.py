@@ -8,20 +8,22 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import ssl
 from collections.abc import Callable
 
 MAX_UNSENT = 64 << 20  # bytes: another end that is so far behind is not listening
 _RECEIVE = 1 << 18
+_NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Pipe:
     """Belongs to the running event loop. `received` is called with what arrives, `closed` once, when the other end is
     gone or does not listen; not when `close` was called here."""
 
-    def __init__(self, fd: int, received: Callable[[bytes], None], closed: Callable[[], None]) -> None:
-        """`fd` is duplicated, and made non-blocking for all who share it."""
+    def __init__(self, fd: int | socket.socket, received: Callable[[bytes], None], closed: Callable[[], None]) -> None:
+        """`fd` is duplicated, and made non-blocking for all who share it; a connected TLS socket is taken as it is."""
         self._loop = asyncio.get_running_loop()
-        self._socket = socket.socket(fileno=os.dup(fd))
+        self._socket = fd if isinstance(fd, socket.socket) else socket.socket(fileno=os.dup(fd))
         self._socket.setblocking(False)
         self._received, self._closed = received, closed
         self._unsent = bytearray()
@@ -58,7 +60,7 @@ class Pipe:
         """Whether there was something."""
         try:
             data = self._socket.recv(_RECEIVE)
-        except BlockingIOError:
+        except _NOT_NOW:
             return False
         except OSError:
             data = b""
@@ -71,7 +73,7 @@ class Pipe:
     def _flush(self) -> None:
         try:
             del self._unsent[: self._socket.send(self._unsent)]
-        except BlockingIOError:
+        except _NOT_NOW:
             pass
         except OSError:
             self._unsent.clear()  # its end is seen by the reader, after what it said last

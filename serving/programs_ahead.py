@@ -28,6 +28,7 @@ class ProgramsAhead:
         from moe_jax.distributed import default_platform
 
         self._spec, self._sizes, self._timeout, self._send = spec, list(sizes), timeout, send
+        self.ready: list[int] = []  # sizes of which all programs are at hand
         self._on_cpu = default_platform() == "cpu"
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._ensure_first, name="compiling", daemon=True)
@@ -61,7 +62,7 @@ class ProgramsAhead:
 
     def rest(self) -> None:
         """The other sizes, one by one. What fails is said in the log, and compiled when it is needed."""
-        self._send({"type": "programs", "sizes": self._sizes[:1]})
+        self._say_ready(1)
         for i, size in enumerate(self._sizes[1:], 2):
             try:
                 if self._ahead:
@@ -70,7 +71,11 @@ class ProgramsAhead:
             except Exception:
                 traceback.print_exc()
                 return
-            self._send({"type": "programs", "sizes": self._sizes[:i]})
+            self._say_ready(i)
+
+    def _say_ready(self, count: int) -> None:
+        self.ready = self._sizes[:count]
+        self._send({"type": "programs", "sizes": self.ready})
 
     def _ensure_first(self) -> None:
         try:

@@ -129,6 +129,10 @@ class Recoveries:
         """Changes of the ranks that serve, oldest first: `recoveries` of the status."""
         return [r.as_dict() for r in self._records if r.made.cause in _RANKS_CHANGE]
 
+    def closed(self) -> list[dict[str, Any]]:
+        """Those of `changes` of which nothing more will be known."""
+        return [r.as_dict() for r in self._records if r.made.cause in _RANKS_CHANGE and r not in self._open]
+
     def switches(self) -> list[dict[str, Any]]:
         """The other epochs: the first, and those in which only the placement of experts changed."""
         return [r.as_dict() for r in self._records if r.made.cause not in _RANKS_CHANGE]

@@ -17,11 +17,16 @@ from typing import Any
 import numpy as np
 
 from moe_jax.request import Request, TokenEvent
+from moe_jax.scheduler import Limits
+from serving.admission import Owner
 from serving.channel import Message, encode
 from serving.journal import Journal
 from serving.ledger import Entry, Ledger, Place, Score
+from serving.membership import Epoch
+from serving.metrics import Metrics
 from serving.recoveries import Recoveries
 
+_NOBODY = Owner()
 Listener = Callable[[TokenEvent], None]
 
 
@@ -30,7 +35,11 @@ class Oblivion:
 
     last_numbers = (0, 0, 0)
     first_number = 1
+    last_epoch: Epoch | None = None
     unfinished: Sequence[Entry] = ()
+
+    def orders(self, generation: int) -> list[tuple[int, ...]]:
+        return []
 
     def transaction(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -38,7 +47,7 @@ class Oblivion:
     def _nothing(self, *what: Any) -> None:
         pass
 
-    numbers = epoch = accept = tokens = finish = ended = _nothing
+    numbers = epoch = accept = tokens = finish = ended = put = get = _nothing
 
 
 class Router:
@@ -50,11 +59,27 @@ class Router:
         recoveries: Recoveries,
         send: Callable[[int, bytes], None],
         failed: Callable[[Exception], None],
+        limits: Limits,
+        max_tokens: int,
+        metrics: Metrics,
     ) -> None:
         """Requests that the journal knows go on. send: frames to the engine of an incarnation, if there is one.
-        failed: the journal cannot be written, and nobody may hear of anything any more."""
+        failed: the journal cannot be written, and nobody may hear of anything any more. limits: of one rank.
+        max_tokens: of all requests."""
         self._journal, self._recoveries, self._send, self._failed = journal, recoveries, send, failed
-        self.ledger = Ledger(lambda: int.from_bytes(os.urandom(8)), journal.first_number)
+        self.ledger = Ledger(
+            lambda: int.from_bytes(os.urandom(8)),
+            journal.first_number,
+            max_tokens=max_tokens,
+            # A few wait there for pages and rows to become free, the others here, where their turn is fair.
+            at_once=limits.max_batch + max(2, limits.max_batch // 4),
+            block=limits.page_size,
+            blocks=limits.num_pages,
+        )
+        self._metrics = metrics
+        for entry in journal.unfinished:
+            metrics.accepted(entry.key, time.monotonic())
+        self._finishes = 0.0, 1.0  # when a request ended last, and seconds between two that do, smoothed
         self.ledger.restore(journal.unfinished)
         self.members: dict[int, int] = {}  # rank: incarnation of those that may be given work
         self.bell = 0
@@ -64,25 +89,33 @@ class Router:
 
     # Clients
 
-    def submit(self, request: Request, listener: Listener) -> Entry:
+    def submit(self, request: Request, listener: Listener, owner: Owner = _NOBODY, priority: int = 0) -> Entry:
         """As Coordinator.submit, for a request that has been checked."""
         ended = None if self.ledger.find(request.request_id) else self._journal.ended(request.request_id)
-        if ended is not None and ended.asked == request:
+        if ended is not None and ended.asked == request and ended.owner.name == owner.name:
             for event in ended.events():
                 listener(event)
             return ended
-        entry, is_new = self.ledger.accept(request)
+        entry, is_new = self.ledger.accept(request, owner, priority)
         if is_new:
             try:
                 self.keep(lambda: self._journal.accept(entry))
             except BaseException:
                 self.ledger.cancel(entry)
                 raise
+            self._metrics.accepted(entry.key, time.monotonic())
         for event in entry.events():
             listener(event)
         self._listeners.setdefault(entry.key, []).append(listener)
         self.place()
         return entry
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until what waits now will have had its turn, if all goes on as it did."""
+        last, interval = self._finishes
+        interval = max(interval, min(time.monotonic() - last, 10.0) / 4)
+        return min(max(interval * (self.ledger.waiting + 1), 0.1), 60.0)
 
     def finish(self, entry: Entry) -> None:
         """Its text is complete, by a stop string of which the engine does not know."""
@@ -108,6 +141,18 @@ class Router:
             self.keep(lambda: self._journal.finish(entry))
         self._recoveries.ended(entry.key)
         self._tell_to_cancel(told)
+        self._note_end(entry)
+        self.place()
+
+    def _note_end(self, entry: Entry) -> None:
+        last, interval = self._finishes
+        now, asked = time.monotonic(), entry.asked
+        self._finishes = now, interval + 0.05 * (min(now - last, 10.0) - interval)
+        reason = entry.finish_reason or "stop"
+        tokens = len(entry.tokens)
+        self._metrics.ended(
+            entry.key, asked.request_id, entry.owner.name, reason, len(asked.token_ids), tokens, now
+        )
 
     def _tell_to_cancel(self, told: tuple[Place, int] | None) -> None:
         if told is not None:
@@ -134,6 +179,11 @@ class Router:
         for job in self.ledger.place(self.members):
             assert job.place is not None
             self._send(job.place.incarnation, encode(job.command()))
+            self._metrics.placed(job.key, job.place.rank, time.monotonic())
+        self.wake()
+
+    def wake(self) -> None:
+        """Ring, once this turn of the loop is over."""
         if not self._ringing:
             self._ringing = True
             asyncio.get_running_loop().call_soon(self._ring)
@@ -163,17 +213,22 @@ class Router:
             if listeners is None:
                 continue  # its text ended with a token before this one
             self._recoveries.published(entry.key, now)
+            self._metrics.token(entry.key, now)
             if event.finish_reason is not None:
                 del self._listeners[entry.key]
                 self._recoveries.ended(entry.key)
+                self._note_end(entry)
             for listener in tuple(listeners):
                 listener(event)
+        self.place()
 
     def take_score(self, rank: int, incarnation: int, message: Message) -> None:
         body, rows = message.body, None
         if "shape" in body:
             rows = np.frombuffer(message.blob, np.float32).reshape(body["shape"])
         score = self.ledger.take_score(rank, incarnation, body["number"], rows)
+        if score is not None:
+            self.place()
         if score is not None and (done := self._scores.get(score.key)) is not None and not done.done():
             if "error" in body:
                 done.set_exception(ValueError(body["error"]))

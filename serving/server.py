@@ -10,41 +10,58 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from moe_jax.config import ModelConfig
 from moe_jax.text import Tokenizer
-from serving.api import Admin, Inference, add_to
-from serving.cluster import Cluster, host_labels, make_cluster
+from serving.access import Guard, Key, read_keys
+from serving.admin import Admin
+from serving.api import Inference
+from serving.cluster import Cluster, make_cluster
 from serving.coordinator import Coordinator, Watcher
-from serving.environment import Platform, compilation_cache, engine_environment
+from serving.environment import Platform, compilation_cache, engine_environment, host_labels
 from serving.journal import Journal
 from serving.launcher import Launcher
+from serving.logs import use_json
+from serving.options import Options
+from serving.protos import inference_pb2
+from serving.protos import inference_pb2_grpc as rpc
 from serving.recycling import recycle
+from serving.tls import Tls
+from serving.web import Web
 from serving.worker import DISMISSED
 
+_INFERENCE, _ADMIN = (s.full_name for s in inference_pb2.DESCRIPTOR.services_by_name.values())
 log = logging.getLogger(__name__)
 
 _STARTUP = 600.0  # seconds that an engine may take to join, to load and to compile
+_LOOK = 0.05  # seconds
+_QUEUE = 4  # times what all KV caches hold: tokens of requests that are accepted, unless told otherwise
 _ATTEMPTS = 3  # ends of a rank's worker before the first epoch
 
 
-@dataclass(frozen=True)
-class Options:
-    model: Path
-    address: str  # host:port; port 0: any
-    platform: Platform
-    hosts: int = 1
-    ranks_per_host: int = 1
-    load_format: str = "auto"
-    engine: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineConfig
-    workers: bool = True  # start them here; else they come from other machines
-    restart: bool = True
-    journal: Path | None = None  # directories, made if need be
-    log_dir: Path | None = None
+class Launching(Protocol):
+    """Who starts the workers of this machine: a Launcher, or the way to one in another process."""
+
+    def dismissed(self, rank: int, pid: int) -> None: ...
+    def hold(self, host: str) -> None: ...
+    async def close(self) -> None: ...
+
+
+class Keeping(Launching, Protocol):
+    """The process that keeps this one."""
+
+    worker_ended: Callable[[int, int | None, str], None]  # to be set
+
+    def listening(self, address: str) -> None: ...
 
 
 def prepare(options: Options) -> tuple[Cluster, ModelConfig]:
@@ -62,6 +79,10 @@ def prepare(options: Options) -> tuple[Cluster, ModelConfig]:
     cluster, model, _ = make_cluster(
         options.model, labels, options.platform, options.load_format, cache, _STARTUP, **options.engine
     )
+    limits, tokens = cluster.limits, options.max_queue_tokens
+    if tokens is None:
+        tokens = max(_QUEUE * len(labels) * limits.num_pages * limits.page_size, 2 * limits.max_model_len)
+    cluster = replace(cluster, max_tokens=tokens)
     if options.workers:
         return cluster, model
     host = options.address.rpartition(":")[0]
@@ -82,13 +103,27 @@ class Server:
         eos_token_ids: tuple[int, ...],
         restart: bool = True,
         linger: float = 1.0,
+        tls: Tls | None = None,
+        keys: tuple[Key, ...] | None = None,
+        token: str | None = None,
+        **limits: Any,
     ) -> None:
-        """vocab_size, eos_token_ids, linger: as in Inference."""
+        """vocab_size, eos_token_ids, linger, limits: as in Inference. tls: of all connections. keys: of clients;
+        None: all are let in. token: of the workers; None: all are."""
         self.cluster, self.journal = cluster, journal
-        self.watcher = Watcher(engine_failed=self._engine_failed, changed=self._changed, failed=self._journal_failed)
-        self.coordinator = Coordinator(cluster, journal, self.watcher)
-        self.inference = Inference(self.coordinator, tokenizer, vocab_size, eos_token_ids, journal, linger)
-        self.launcher: Launcher | None = None
+        self.watcher = Watcher(
+            engine_failed=self._engine_failed,
+            changed=self._changed,
+            served=lambda epoch: self.admin.changed(),
+            failed=self._journal_failed,
+        )
+        self.coordinator = Coordinator(cluster, journal, self.watcher, tls, guard := Guard(keys, token))
+        self._guard, self._tls, self._token = guard, tls, token
+        self.inference = Inference(self.coordinator, tokenizer, vocab_size, eos_token_ids, journal, linger, **limits)
+        self.admin, self.health = Admin(self.coordinator), health.aio.HealthServicer()
+        self.web: Web | None = None
+        self._changes: set[asyncio.Task[None]] = set()
+        self.launcher: Launching | None = None
         self.serving = asyncio.Event()  # has begun, once
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # raises it
         self._restart = restart
@@ -99,13 +134,32 @@ class Server:
 
     async def start(self, address: str) -> str:
         """Listen; returns "host:port". Raises OSError."""
-        return await self.coordinator.start(
-            address, [lambda server: add_to(server, self.inference, Admin(self.coordinator))]
-        )
+        await self._say_health(False)
+        return await self.coordinator.start(address, [self._add_services])
 
-    def start_workers(self, platform: Platform, log_dir: Path | None = None) -> None:
+    def start_web(self, address: str) -> str:
+        """Status page and metrics; returns "host:port". Raises OSError."""
+        coordinator = self.coordinator
+        self.web = Web(coordinator.observe, coordinator.metrics, self._guard, self._tls)
+        return self.web.start(address)
+
+    def _add_services(self, server: grpc.aio.Server) -> None:
+        rpc.add_InferenceServicer_to_server(self.inference, server)
+        rpc.add_AdminServicer_to_server(self.admin, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        public = (_INFERENCE, _ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(public, server)
+
+    async def _say_health(self, serving: bool) -> None:
+        """Inference: whether new requests are served. The others, and the server as a whole: that it lives."""
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        for name in ("", _ADMIN):
+            await self.health.set(name, status.SERVING)
+        await self.health.set(_INFERENCE, status.SERVING if serving else status.NOT_SERVING)
+
+    def start_workers(self, platform: Platform, log_dir: Path | None = None) -> Launcher:
         """On this machine, as far as they belong to the cluster."""
-        self.launcher = Launcher(
+        launcher = Launcher(
             self.coordinator.address,
             self.cluster.rules.hosts,
             platform,
@@ -113,18 +167,40 @@ class Server:
             environ=self.cluster.environ,
             log_dir=log_dir,
             engine=self.cluster.engine,
-            ended=self._worker_ended,
+            ended=self.worker_ended,
+            tls=self._tls,
+            token=self._token,
         )
-        self.watcher.dismissed, self.watcher.drained = self.launcher.dismissed, self.launcher.hold
-        self.launcher.start()
+        self.use(launcher)
+        launcher.start()
+        return launcher
+
+    def use(self, launcher: Launching) -> None:
+        """Its workers are this cluster's."""
+        self.launcher = launcher
+        self.watcher.dismissed, self.watcher.drained = launcher.dismissed, launcher.hold
         if self._restart:
             self._recycling = asyncio.ensure_future(recycle(self.coordinator))
+
+    async def drain(self, grace: float) -> None:
+        """Refuse new requests, and let those that are open finish, for `grace` seconds at most."""
+        await self.health.enter_graceful_shutdown()
+        self.inference.refuse()
+        ledger, deadline = self.coordinator.router.ledger, time.monotonic() + grace
+        if len(ledger):
+            log.info("%d requests have %g s to finish", len(ledger), grace)
+        while len(ledger) and time.monotonic() < deadline and not self.failure.done():
+            await asyncio.sleep(_LOOK)
 
     async def close(self) -> None:
         """End everything, within seconds. Requests that have not ended stay in the journal."""
         if self._recycling is not None:
             self._recycling.cancel()
+        await self.health.enter_graceful_shutdown()
         self.inference.close()
+        self.admin.close()
+        if self.web is not None:
+            self.web.close()
         await self.coordinator.close()
         if self.launcher is not None:
             await self.launcher.close()
@@ -135,13 +211,17 @@ class Server:
     def _changed(self, state: str, reason: str) -> None:
         if state == "SERVING":
             self.serving.set()
+        self.admin.changed()
+        task = asyncio.ensure_future(self._say_health(self.serving.is_set() and state != "UNSERVABLE"))
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
 
     def _engine_failed(self, rank: int, kind: str, text: str) -> None:
         self._said[rank] = text
         if self.launcher is not None and kind in ("CheckpointError", "ConfigError"):
             self._fail(ValueError(f"rank {rank}: {text}"))
 
-    def _worker_ended(self, rank: int, code: int | None, what: str) -> None:
+    def worker_ended(self, rank: int, code: int | None, what: str) -> None:
         log.info("%s", what)
         if code != DISMISSED:
             self._ends[rank] = self._ends.get(rank, 0) + 1
@@ -157,37 +237,73 @@ class Server:
             self.failure.set_exception(RuntimeError(f"journal: {error}"))
 
 
-async def serve(options: Options, cluster: Cluster, model: ModelConfig, say: Callable[[str], None]) -> None:
-    """Until SIGTERM or SIGINT. `say` gets one line, when requests are served for the first time.
+async def serve(
+    options: Options,
+    cluster: Cluster,
+    model: ModelConfig,
+    say: Callable[[str], None],
+    keeper: Keeping | None = None,
+    kept: asyncio.Event | None = None,
+) -> None:
+    """Until SIGTERM or SIGINT, and then as long as accepted requests take, but no longer than options.grace. `say` gets
+    one line, when requests are served for the first time. keeper: it has the local workers; when it is gone `kept` is
+    set, and then this ends at once.
 
     Raises ValueError for what a worker or a journal found wrong with the model or the options, RuntimeError for
     workers that do not start or a journal that cannot be written, OSError for an address or a directory that cannot be
     used.
     """
-    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    signalled, loop = asyncio.Queue[None](), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ended.set)
+        loop.add_signal_handler(number, signalled.put_nowait, None)
     for directory in (options.journal, options.log_dir):
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_directory(options.model)
     journal = Journal(None if options.journal is None else options.journal / "journal.sqlite")
     eos = tokenizer.eos_token_ids or model.eos_token_ids
-    server = Server(cluster, journal, tokenizer, model.vocab_size, tuple(eos), options.restart)
-    stop, serving = asyncio.create_task(ended.wait()), asyncio.create_task(server.serving.wait())
+    keys = None if options.api_keys is None else read_keys(options.api_keys)
+    server = Server(
+        cluster,
+        journal,
+        tokenizer,
+        model.vocab_size,
+        tuple(eos),
+        options.restart,
+        tls=options.tls,
+        keys=keys,
+        token=options.cluster_token,
+        max_output_tokens=options.max_output_tokens,
+        name=options.model.name,
+    )
+    if options.log_json:
+        use_json(lambda: server.coordinator.epoch)
+    stop, serving = asyncio.create_task(signalled.get()), asyncio.create_task(server.serving.wait())
+    gone = asyncio.create_task((kept or asyncio.Event()).wait())
     try:
         address = await server.start(options.address)
         log.info("%s: waiting for %d workers", address, len(cluster.rules.hosts))
-        if options.workers:
+        if options.web is not None:
+            log.info("status page and metrics at %s", server.start_web(options.web))
+        if keeper is not None:
+            server.use(keeper)
+            keeper.worker_ended = server.worker_ended
+            keeper.listening(address)
+        elif options.workers:
             server.start_workers(options.platform, options.log_dir)
-        await asyncio.wait([stop, serving, server.failure], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([stop, gone, serving, server.failure], return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             engines = [str(rank["pid"]) for rank in server.coordinator.status()["ranks"] if rank["pid"] is not None]
             say(f"serving at {address}: coordinator {os.getpid()}, engines {' '.join(engines)}")
-        await asyncio.wait([stop, server.failure], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([stop, gone, server.failure], return_when=asyncio.FIRST_COMPLETED)
         if server.failure.done():
             server.failure.result()
+        if serving.done():
+            stop = asyncio.create_task(signalled.get())  # a second signal: at once
+            draining = asyncio.create_task(server.drain(options.grace))
+            await asyncio.wait([stop, gone, draining], return_when=asyncio.FIRST_COMPLETED)
+            draining.cancel()
     finally:
-        stop.cancel()
-        serving.cancel()
+        for task in (stop, gone, serving):
+            task.cancel()
         await server.close()

@@ -5,14 +5,15 @@ Its death and its standing still are faults like any other; here they are notice
 
 from __future__ import annotations
 
-import contextlib
+import secrets
+import socket
 import time
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from serving.channel import Decoder, encode
-from serving.child import Child
+from serving.child import Child, Orphan
 from serving.environment import with_packages
 from serving.pipe import Pipe
 
@@ -32,19 +33,44 @@ class ServiceEvents(Protocol):
 class ServiceProcess:
     """Belongs to the running event loop."""
 
-    def __init__(
-        self, generation: int, num_nodes: int, module: str, host: str, environ: Mapping[str, str], events: ServiceEvents
-    ) -> None:
-        """It listens at `host`. Raises OSError if it cannot be started."""
-        self.generation, self.num_nodes = generation, num_nodes
+    def __init__(self, generation: int, name: str, process: Child | Orphan, events: ServiceEvents) -> None:
+        """name: that another coordinator finds it by; "": none shall."""
+        self.generation, self.name = generation, name
         self.address: str | None = None
         self._events, self._decoder = events, Decoder()
-        environ = with_packages({**environ, "JAX_PLATFORMS": "cpu"})
-        self._child = Child(f"JAX service {generation}", module, ["{fd}", str(num_nodes), host], environ)
+        self._child = process
         self._pipe = Pipe(self._child.channel.fileno(), self._received, lambda: self._fail("ended"))
         self._child.channel.close()  # the pipe has it now
         self._asked: deque[float] = deque()  # when, of what is not yet answered
         self._begun = self._running_at = time.monotonic()
+
+    @staticmethod
+    def start(
+        generation: int,
+        num_nodes: int,
+        module: str,
+        host: str,
+        environ: Mapping[str, str],
+        events: ServiceEvents,
+        outlives: bool = False,
+    ) -> ServiceProcess:
+        """A new one, which listens at `host`. outlives: this process. Raises OSError if it cannot be started."""
+        name = f"moe-jax-service-{secrets.token_hex(8)}" if outlives else ""
+        environ = with_packages({**environ, "JAX_PLATFORMS": "cpu"})
+        child = Child(_title(generation), module, ["{fd}", str(num_nodes), host, name], environ)
+        return ServiceProcess(generation, name, child, events)
+
+    @staticmethod
+    def take_over(generation: int, name: str, events: ServiceEvents) -> ServiceProcess:
+        """One that has outlived the coordinator that started it. Raises OSError if it has not."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(ANSWER)
+        try:
+            sock.connect(f"\0{name}")
+            return ServiceProcess(generation, name, Orphan(_title(generation), sock), events)
+        except BaseException:
+            sock.close()
+            raise
 
     @property
     def pid(self) -> int:
@@ -87,8 +113,7 @@ class ServiceProcess:
         """End it. Nothing more is heard of it."""
         self._pipe.close()
         self._child.kill()
-        with contextlib.suppress(Exception):
-            self._child.process.wait(5.0)
+        self._child.wait(5.0)
         self._child.close()
 
     def _ask(self, body: dict[str, Any]) -> None:
@@ -110,9 +135,11 @@ class ServiceProcess:
                     return self._fail(message.body["message"])
 
     def _fail(self, reason: str) -> None:
-        if self._child.process.returncode is None:
-            with contextlib.suppress(Exception):
-                self._child.process.wait(0.02)  # for its exit code
+        self._child.wait(0.02)  # for its exit code
         text = self._child.describe(reason)
         self.close()
         self._events.service_failed(self, text)
+
+
+def _title(generation: int) -> str:
+    return f"JAX service {generation}"

@@ -20,33 +20,39 @@ import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
 
+from serving.access import TOKEN_HEADER, TOKEN_VARIABLE
 from serving.channel import MAX_MESSAGE, encode
 from serving.child import Child
+from serving.credentials import add_credentials, credentials
 from serving.environment import Platform, engine_environment, guess_platform
 from serving.pipe import Pipe
 from serving.protos import cluster_pb2 as pb
 from serving.protos import cluster_pb2_grpc as rpc
-from serving.relay import Relay
+from serving.relay import Reach, Relay, connect
+from serving.tls import Tls
 
-PROTOCOL = "2"  # of what is said on the stream; the coordinator dismisses any other
+PROTOCOL = "3"  # of what is said on the stream; the coordinator dismisses any other
 DISMISSED = 75  # EX_TEMPFAIL of sysexits.h: start it again
 HEARTBEAT = 0.2  # seconds
-GRPC_OPTIONS = (  # of both ends
-    ("grpc.max_receive_message_length", MAX_MESSAGE),
-    ("grpc.max_send_message_length", MAX_MESSAGE),
+KEEPALIVE = (  # of both ends
     ("grpc.keepalive_time_ms", 10_000),  # a cut is noticed, though nobody says goodbye
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+GRPC_OPTIONS = (
+    *KEEPALIVE,
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.use_local_subchannel_pool", 1),
 )
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # what `read` gives at the end of a stream
 _LOOK = 0.1  # seconds between two looks at the engine and the parent
-_RETRY = (0.1, 2.0)  # seconds: the first and the longest pause between two tries to reach the coordinator
+_RETRY = (0.05, 0.5)  # seconds: the first and the longest pause between two tries to reach the coordinator
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class Options:
     patience: float = 30.0  # seconds without a coordinator
     engine: str = "serving.engine_process"  # a module; tests have another
     parent: int | None = None  # socket whose end means to exit
+    tls: Tls | None = None  # None: the coordinator speaks none
+    token: str | None = None  # of the cluster
 
 
 class Supervisor:
@@ -67,7 +75,8 @@ class Supervisor:
         """Raises ValueError as engine_environment does."""
         self.options = options
         self.exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._environ = engine_environment(options.rank, options.platform, os.environ)
+        environ = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+        self._environ = engine_environment(options.rank, options.platform, environ)
         self._engine: Child | None = None
         self._relay: Relay | None = None
         self._outgoing: asyncio.Queue[pb.WorkerMessage] = asyncio.Queue()
@@ -104,8 +113,9 @@ class Supervisor:
         while True:
             heard = False
             try:
-                async with grpc.aio.insecure_channel(self.options.coordinator, options=GRPC_OPTIONS) as channel:
-                    call = rpc.ClusterStub(channel).Control()
+                async with self._channel() as channel:
+                    token = self.options.token
+                    call = rpc.ClusterStub(channel).Control(metadata=[(TOKEN_HEADER, token)] if token else None)
                     async for message in self._messages(call):
                         heard = True
                         self._obey(message)
@@ -122,6 +132,12 @@ class Supervisor:
                 self._exit(1)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _RETRY[1])
+
+    def _channel(self) -> grpc.aio.Channel:
+        address, tls = self.options.coordinator, self.options.tls
+        if tls is None:
+            return grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
+        return grpc.aio.secure_channel(address, tls.channel_credentials(), options=GRPC_OPTIONS)
 
     async def _messages(self, call: Any) -> AsyncIterator[Any]:
         """What the coordinator says on one stream, while what waits for it is written."""
@@ -156,6 +172,8 @@ class Supervisor:
                 self._start_engine(message.start)
             case "welcome":
                 self._incarnation = message.welcome.incarnation
+            case "attach":
+                self._attach_engine(message.attach)
             case "dismiss":
                 _say(f"dismissed: {message.dismiss.reason}")
                 self._exit(1 if self._failed else DISMISSED)
@@ -164,7 +182,7 @@ class Supervisor:
 
     def _start_engine(self, wanted: pb.StartEngine) -> None:
         self._end_engine()
-        self._failed = False
+        self._failed, self._incarnation = False, wanted.incarnation
         name, arguments = f"rank {self.options.rank}", [str(self.options.rank), "{fd}"]
         self._engine = engine = Child(name, self.options.engine, arguments, self._environ, log=2, session=False)
         loop = asyncio.get_running_loop()
@@ -175,11 +193,21 @@ class Supervisor:
         self._relay = Relay(
             engine.channel.fileno(),
             encode(json.loads(wanted.start_json)),
-            (self.options.coordinator.rpartition(":")[0].strip("[]"), wanted.port),
-            wanted.key.encode() + encode({"type": "started", "pid": engine.pid}),
+            self._reach(wanted.port),
+            _greeting(wanted.key, engine),
             ended,
         )
         engine.channel.close()  # the relay has it now
+
+    def _attach_engine(self, wanted: pb.Attach) -> None:
+        """The coordinator follows another one. If that fails it hears nothing of this engine, and has us replace it."""
+        if self._engine is not None and self._relay is not None:
+            arguments = self._reach(wanted.port), _greeting(wanted.key, self._engine)
+            asyncio.get_running_loop().run_in_executor(None, self._relay.attach, *arguments)
+
+    def _reach(self, port: int) -> Reach:
+        host, tls = self.options.coordinator.rpartition(":")[0].strip("[]"), self.options.tls
+        return partial(connect, (host, port), None if tls is None else tls.client_context())
 
     def _engine_ended(self, engine: Child) -> None:
         if engine is not self._engine:
@@ -215,6 +243,10 @@ class Supervisor:
             await asyncio.sleep(_LOOK)
 
 
+def _greeting(key: str, engine: Child) -> bytes:
+    return key.encode() + encode({"type": "started", "pid": engine.pid})
+
+
 def _say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} worker: {text}", file=sys.stderr, flush=True)
 
@@ -226,11 +258,21 @@ def parse(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--host", required=True, metavar="NAME", help="label of the failure domain it belongs to")
     parser.add_argument("--platform", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="seconds to go on uncoordinated")
+    add_credentials(parser)
     parser.add_argument("--engine", default=Options.engine, help=argparse.SUPPRESS)
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     platform = args.platform or guess_platform(os.environ.get("JAX_PLATFORMS"))
-    return Options(args.coordinator, args.rank, args.host, platform, args.patience, args.engine, args.parent)
+    return Options(
+        args.coordinator,
+        args.rank,
+        args.host,
+        platform,
+        args.patience,
+        args.engine,
+        args.parent,
+        **credentials(args),
+    )
 
 
 async def supervise(options: Options) -> int:

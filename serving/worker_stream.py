@@ -9,6 +9,7 @@ import asyncio
 import json
 import socket
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
@@ -35,6 +36,7 @@ class WorkerStream:
         self.heard = time.monotonic()
         self.ill_since: float | None = None  # when it was first seen to be stopped, ended or cut off
         self.steps = 0  # of its engine, as last heard
+        self.usage: float | None = None  # of its engine's pages of the KV cache, 0 to 1
         self.told: tuple[int, bool] | None = None  # to membership: the steps, and whether there is work
         self.seconds: dict[str, float] = {}  # that its engine took to start
         self.error: tuple[str, str] | None = None  # what its engine said before it ended: an exception's name and text
@@ -56,8 +58,21 @@ class WorkerStream:
         self.answers.clear()
         self.generation, self.engine_pid, self.steps, self.error, self.told = generation, None, 0, None, None
         self._key = self._frames.expect(self._connected)
-        engine = pb.StartEngine(start_json=json.dumps(start), port=self._frames.port, key=self._key)
+        engine = pb.StartEngine(
+            start_json=json.dumps(start), port=self._frames.port, key=self._key, incarnation=self.incarnation
+        )
         self.control.put_nowait(pb.CoordinatorMessage(start=engine))
+
+    def attach(self, incarnation: int, generation: int, connected: Callable[[], None]) -> None:
+        """To the engine that it has, which another coordinator has started. `connected`: it may be spoken to."""
+
+        def reached(sock: socket.socket) -> None:
+            self._connected(sock)
+            connected()
+
+        self.incarnation, self.generation, self._key = incarnation, generation, self._frames.expect(reached)
+        attach = pb.Attach(port=self._frames.port, key=self._key)
+        self.control.put_nowait(pb.CoordinatorMessage(attach=attach))
 
     def dismiss(self, reason: str) -> None:
         if self.dismissed is None:
@@ -85,7 +100,7 @@ class WorkerStream:
 
     def _connected(self, sock: socket.socket) -> None:
         self._decoder = Decoder()
-        self._pipe = Pipe(sock.fileno(), self._received, lambda: self._workers.worker_mute(self))
+        self._pipe = Pipe(sock, self._received, lambda: self._workers.worker_mute(self))
 
     def _received(self, frames: bytes) -> None:
         try:

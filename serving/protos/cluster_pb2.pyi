@@ -46,14 +46,16 @@ class EngineEnded(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class CoordinatorMessage(_message.Message):
-    __slots__ = ("welcome", "start", "dismiss")
+    __slots__ = ("welcome", "start", "dismiss", "attach")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     DISMISS_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     start: StartEngine
     dismiss: Dismiss
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., start: _Optional[_Union[StartEngine, _Mapping]] = ..., dismiss: _Optional[_Union[Dismiss, _Mapping]] = ...) -> None: ...
+    attach: Attach
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., start: _Optional[_Union[StartEngine, _Mapping]] = ..., dismiss: _Optional[_Union[Dismiss, _Mapping]] = ..., attach: _Optional[_Union[Attach, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("incarnation",)
@@ -62,14 +64,24 @@ class Welcome(_message.Message):
     def __init__(self, incarnation: _Optional[int] = ...) -> None: ...
 
 class StartEngine(_message.Message):
-    __slots__ = ("start_json", "port", "key")
+    __slots__ = ("start_json", "port", "key", "incarnation")
     START_JSON_FIELD_NUMBER: _ClassVar[int]
     PORT_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     start_json: str
     port: int
     key: str
-    def __init__(self, start_json: _Optional[str] = ..., port: _Optional[int] = ..., key: _Optional[str] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, start_json: _Optional[str] = ..., port: _Optional[int] = ..., key: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
+
+class Attach(_message.Message):
+    __slots__ = ("port", "key")
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    key: str
+    def __init__(self, port: _Optional[int] = ..., key: _Optional[str] = ...) -> None: ...
 
 class Dismiss(_message.Message):
     __slots__ = ("reason",)

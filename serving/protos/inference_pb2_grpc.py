@@ -31,9 +31,13 @@ class InferenceStub(object):
     ALREADY_EXISTS      the request_id is in use by a request that differs from this one
     NOT_FOUND           no request of this id is running or still kept
     OUT_OF_RANGE        Resume beyond the tokens that there are
-    RESOURCE_EXHAUSTED  the queue is full: try again later
+    RESOURCE_EXHAUSTED  the queue is full, or the caller's share of it: try again after google.rpc.RetryInfo says so
+    UNAUTHENTICATED     no known API key, where one is needed (metadata "authorization: Bearer …")
+    PERMISSION_DENIED   Admin, with a key that is no administrator's
     UNAVAILABLE         the cluster is starting, draining, or has too few ranks left to hold all experts
     DEADLINE_EXCEEDED, CANCELLED  the call ended before the request; unless another call follows it, it is cancelled
+    Details (google.rpc.Status in the trailing metadata): BadRequest names the field, RetryInfo the delay, ErrorInfo the
+    kind of error in domain "moe-jax".
     """
 
     def __init__(self, channel):
@@ -62,6 +66,21 @@ class InferenceStub(object):
                 request_serializer=serving_dot_protos_dot_inference__pb2.CancelRequest.SerializeToString,
                 response_deserializer=serving_dot_protos_dot_inference__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/moe_jax.v1.Inference/Tokenize',
+                request_serializer=serving_dot_protos_dot_inference__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=serving_dot_protos_dot_inference__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/moe_jax.v1.Inference/Detokenize',
+                request_serializer=serving_dot_protos_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=serving_dot_protos_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
+        self.GetModel = channel.unary_unary(
+                '/moe_jax.v1.Inference/GetModel',
+                request_serializer=serving_dot_protos_dot_inference__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=serving_dot_protos_dot_inference__pb2.GetModelResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer(object):
@@ -70,9 +89,13 @@ class InferenceServicer(object):
     ALREADY_EXISTS      the request_id is in use by a request that differs from this one
     NOT_FOUND           no request of this id is running or still kept
     OUT_OF_RANGE        Resume beyond the tokens that there are
-    RESOURCE_EXHAUSTED  the queue is full: try again later
+    RESOURCE_EXHAUSTED  the queue is full, or the caller's share of it: try again after google.rpc.RetryInfo says so
+    UNAUTHENTICATED     no known API key, where one is needed (metadata "authorization: Bearer …")
+    PERMISSION_DENIED   Admin, with a key that is no administrator's
     UNAVAILABLE         the cluster is starting, draining, or has too few ranks left to hold all experts
     DEADLINE_EXCEEDED, CANCELLED  the call ended before the request; unless another call follows it, it is cancelled
+    Details (google.rpc.Status in the trailing metadata): BadRequest names the field, RetryInfo the delay, ErrorInfo the
+    kind of error in domain "moe-jax".
     """
 
     def Generate(self, request, context):
@@ -105,6 +128,27 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The tokens of a text, as those of a prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of tokens, special ones left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModel(self, request, context):
+        """What is served, and within which bounds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +172,21 @@ def add_InferenceServicer_to_server(servicer, server):
                     request_deserializer=serving_dot_protos_dot_inference__pb2.CancelRequest.FromString,
                     response_serializer=serving_dot_protos_dot_inference__pb2.CancelResponse.SerializeToString,
             ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=serving_dot_protos_dot_inference__pb2.TokenizeRequest.FromString,
+                    response_serializer=serving_dot_protos_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=serving_dot_protos_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=serving_dot_protos_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=serving_dot_protos_dot_inference__pb2.GetModelRequest.FromString,
+                    response_serializer=serving_dot_protos_dot_inference__pb2.GetModelResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'moe_jax.v1.Inference', rpc_method_handlers)
@@ -142,9 +201,13 @@ class Inference(object):
     ALREADY_EXISTS      the request_id is in use by a request that differs from this one
     NOT_FOUND           no request of this id is running or still kept
     OUT_OF_RANGE        Resume beyond the tokens that there are
-    RESOURCE_EXHAUSTED  the queue is full: try again later
+    RESOURCE_EXHAUSTED  the queue is full, or the caller's share of it: try again after google.rpc.RetryInfo says so
+    UNAUTHENTICATED     no known API key, where one is needed (metadata "authorization: Bearer …")
+    PERMISSION_DENIED   Admin, with a key that is no administrator's
     UNAVAILABLE         the cluster is starting, draining, or has too few ranks left to hold all experts
     DEADLINE_EXCEEDED, CANCELLED  the call ended before the request; unless another call follows it, it is cancelled
+    Details (google.rpc.Status in the trailing metadata): BadRequest names the field, RetryInfo the delay, ErrorInfo the
+    kind of error in domain "moe-jax".
     """
 
     @staticmethod
@@ -255,6 +318,87 @@ class Inference(object):
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_jax.v1.Inference/Tokenize',
+            serving_dot_protos_dot_inference__pb2.TokenizeRequest.SerializeToString,
+            serving_dot_protos_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_jax.v1.Inference/Detokenize',
+            serving_dot_protos_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            serving_dot_protos_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_jax.v1.Inference/GetModel',
+            serving_dot_protos_dot_inference__pb2.GetModelRequest.SerializeToString,
+            serving_dot_protos_dot_inference__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class AdminStub(object):
     """Missing associated documentation comment in .proto file."""
@@ -274,6 +418,16 @@ class AdminStub(object):
                 '/moe_jax.v1.Admin/Drain',
                 request_serializer=serving_dot_protos_dot_inference__pb2.DrainRequest.SerializeToString,
                 response_deserializer=serving_dot_protos_dot_inference__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/moe_jax.v1.Admin/Watch',
+                request_serializer=serving_dot_protos_dot_inference__pb2.WatchRequest.SerializeToString,
+                response_deserializer=serving_dot_protos_dot_inference__pb2.WatchResponse.FromString,
+                _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/moe_jax.v1.Admin/Rebalance',
+                request_serializer=serving_dot_protos_dot_inference__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=serving_dot_protos_dot_inference__pb2.RebalanceResponse.FromString,
                 _registered_method=True)
 
 
@@ -295,6 +449,21 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """Each change of state or epoch as it happens, the present one first. One that falls behind is told the last only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rebalance(self, request, context):
+        """Lay the experts out anew for the ranks that serve, which repairs may have left uneven. Weights are fetched in the
+        background; answers when the epoch with the new placement serves, or at once if there is nothing to change.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -307,6 +476,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=serving_dot_protos_dot_inference__pb2.DrainRequest.FromString,
                     response_serializer=serving_dot_protos_dot_inference__pb2.DrainResponse.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=serving_dot_protos_dot_inference__pb2.WatchRequest.FromString,
+                    response_serializer=serving_dot_protos_dot_inference__pb2.WatchResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=serving_dot_protos_dot_inference__pb2.RebalanceRequest.FromString,
+                    response_serializer=serving_dot_protos_dot_inference__pb2.RebalanceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -363,6 +542,60 @@ class Admin(object):
             '/moe_jax.v1.Admin/Drain',
             serving_dot_protos_dot_inference__pb2.DrainRequest.SerializeToString,
             serving_dot_protos_dot_inference__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moe_jax.v1.Admin/Watch',
+            serving_dot_protos_dot_inference__pb2.WatchRequest.SerializeToString,
+            serving_dot_protos_dot_inference__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_jax.v1.Admin/Rebalance',
+            serving_dot_protos_dot_inference__pb2.RebalanceRequest.SerializeToString,
+            serving_dot_protos_dot_inference__pb2.RebalanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,7 +13,7 @@ import numpy as np
 from moe_jax import placement
 from moe_jax.request import Request, SamplingParams, TokenEvent
 from moe_jax.scheduler import Limits
-from serving.cluster import Cluster, Repairs
+from serving.cluster import Cluster, Repairs, keep_in_place
 from serving.coordinator import Coordinator, Watcher
 from serving.journal import Journal
 from serving.launcher import Launcher
@@ -46,6 +46,7 @@ def fake_cluster(
         plan,
         repairs,
         lambda held, ranks: placement.restore(held, ranks, hosts, EXPERTS, replication),
+        lambda held, ranks: None if (wanted := plan(ranks)) is None else keep_in_place(held, wanted),
         **{**FAST, **times},  # type: ignore[arg-type]
     )
     start = {"config": {"fake": fake or {}}, "path": "", "load_format": "auto", "cache": None, "timeout": 60}

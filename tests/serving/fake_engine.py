@@ -76,6 +76,11 @@ class FakeEngine:
                 self.scores.append(body)
             case "prefetch":
                 self.send({"type": "prefetched"})
+            case "adopt":
+                self.requests.clear()
+                self.scores.clear()
+                epoch = self.epoch if self.member and self.aborted < self.epoch else 0
+                self.send({"type": "adopted", "epoch": epoch, "bells": self.bell, "device": "fake", "sizes": [1]})
             case "status":
                 self.send({"type": "status", "compilations": 0, "steps": self.steps, "parked": self.parked})
             case other:

@@ -1,25 +1,28 @@
 """The JAX service's side of the channel, without JAX: see tests/serving/fake_engine.py."""
 
+import os
 import socket
 import sys
 
-from serving.channel import Channel
-from serving.inbox import Inbox
+from serving.channel import Channel, ChannelClosed
+from serving.jax_service import Coordinators
 
 
 def main() -> None:
-    channel = Channel.inherited(int(sys.argv[1]))
-    inbox = Inbox(channel)
     listening = socket.create_server(("127.0.0.1", 0))  # never accepts: those who connect only want to see it end
-    channel.send({"type": "address", "address": f"127.0.0.1:{listening.getsockname()[1]}"})
+    hello = {"type": "address", "address": f"127.0.0.1:{listening.getsockname()[1]}"}
+    coordinators = Coordinators(Channel.inherited(int(sys.argv[1])), sys.argv[4], hello)
     while True:
-        for message in inbox.take(wait=True):
+        for message in coordinators.receive():
             match message.body["type"]:
                 case "fence":
-                    channel.send({"type": "fenced", "node": message.body["node"]})
+                    coordinators.send({"type": "fenced", "node": message.body["node"]})
                 case "forget":
-                    channel.send({"type": "forgot"})
+                    coordinators.send({"type": "forgot"})
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ChannelClosed:
+        os._exit(0)

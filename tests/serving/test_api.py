@@ -14,67 +14,59 @@ from typing import Any, TypeVar
 
 import grpc
 import pytest
-import tokenizers
 
 import serving.api
 from moe_jax.request import Request, SamplingParams, TokenEvent
-from moe_jax.text import Tokenizer, full_text
+from moe_jax.text import full_text
+from serving.access import with_key
 from serving.cluster import Cluster
 from serving.completions import MESSAGE_TOKENS, Completion
 from serving.journal import Journal
+from serving.launcher import Launcher
 from serving.ledger import Entry
 from serving.protos import inference_pb2 as pb
 from serving.protos import inference_pb2_grpc as rpc
 from serving.server import Server
+from serving.tls import Tls
 from tests.serving.clusters import fake_cluster
 from tests.serving.fake_engine import tokens
+from tests.serving.hex_tokenizer import EOS, TOKENIZER, VOCABULARY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 
 T = TypeVar("T")
-VOCABULARY = 32000
-EOS = 7
-
-
-def make_tokenizer() -> Tokenizer:
-    """Token i is i in hexadecimal digits and a space; every sixth ends with the first half of a character, every other
-    begins with the second half of one."""
-    written = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-    def piece(i: int) -> str:
-        first, last = ("©" if i % 2 else ""), ("Ã" if i % 6 == 0 else "")  # the bytes A9 and C3, which are é reversed
-        return first + written.pre_tokenize_str(f"{i:x} ")[0][0] + last
-
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({piece(i): i for i in range(VOCABULARY)}, piece(0)))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    return Tokenizer(backend)
-
-
-TOKENIZER = make_tokenizer()
 
 
 class Running:
     """A server in an event loop of its own, with clients that block."""
 
-    def __init__(self, cluster: Cluster, journal: Any = None) -> None:
+    def __init__(
+        self, cluster: Cluster, journal: Any = None, client: Tls | None = None, key: str | None = None, **given: Any
+    ) -> None:
+        """client, key: what this client shows. given: of Server."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
-        async def start() -> tuple[Server, str]:
-            server = Server(cluster, Journal(journal), TOKENIZER, VOCABULARY, (EOS,), linger=0.5)
+        async def start() -> tuple[Server, str, Launcher]:
+            server = Server(cluster, Journal(journal), TOKENIZER, VOCABULARY, (EOS,), linger=0.5, **given)
             address = await server.start("127.0.0.1:0")
-            server.start_workers("cpu")
-            return server, address
+            return server, address, server.start_workers("cpu")
 
-        self.server, self.address = self.run(start())
+        self.server, self.address, self.launcher = self.run(start())
         self.channel = grpc.insecure_channel(self.address)
+        if client is not None:
+            self.channel = grpc.secure_channel(self.address, client.channel_credentials())
+        if key is not None:
+            self.channel = grpc.intercept_channel(self.channel, with_key(key))
         self.inference, self.admin = rpc.InferenceStub(self.channel), rpc.AdminStub(self.channel)
         self.until(lambda status: all(r["state"] == "live" for r in status["ranks"]))
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+
+    def begin(self, coroutine: Coroutine[Any, Any, T]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def call(self, function: Callable[[], T]) -> T:
         async def run() -> T:
@@ -333,7 +325,7 @@ def test_resource_exhausted(three, monkeypatch):
 def test_unavailable():
     """New requests are refused; one that was accepted goes on when there are enough ranks again."""
     with serving_cluster(fake_cluster(("a", "b"), slots=4, replication=1, fake={"step": 0.005}, **PATIENT)) as r:
-        r.server.launcher._restart = False  # type: ignore[union-attr]
+        r.launcher.retire()
         asked = request(400, request_id="accepted")
         call = r.inference.Generate(asked)
         begun = [next(call)]
@@ -345,7 +337,7 @@ def test_unavailable():
         begun_too = [next(attached)]
         with refused(grpc.StatusCode.FAILED_PRECONDITION, "UNSERVABLE"):
             r.admin.Drain(pb.DrainRequest(host="a"))
-        r.call(lambda: r.server.launcher.start([1]))  # type: ignore[union-attr]
+        r.call(lambda: r.launcher.start([1]))
         assert joined(begun + list(call)) == joined(begun_too + list(attached)) == expected(1, 400)
 
 
@@ -405,7 +397,7 @@ def test_drain(three):
     for i, call in enumerate(calls):
         assert joined(begun[i] + list(call)) == expected(i, 500)
     assert three.status()["ranks"][2]["state"] == "lost"
-    three.call(lambda: three.server.launcher.start([2]))
+    three.call(lambda: three.launcher.start([2]))
     three.until(lambda status: all(r["state"] == "live" for r in status["ranks"]))
 
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -267,7 +267,7 @@ def served(*argv: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             assert server.stdout is not None
             line = server.stdout.readline()
             found = re.fullmatch(r"serving at (\S+): coordinator (\d+), engines \d+ \d+\n", line)
-            assert found is not None and int(found[2]) == server.pid, line
+            assert found is not None and ("--journal" in argv) == (int(found[2]) != server.pid), line
             yield server, found[1]
         finally:
             server.kill()  # what it started ends with it
@@ -290,6 +290,16 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
     except OSError:
         return False
+
+
+def until_whole(status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    deadline = time.monotonic() + 120
+    while True:
+        found = status()
+        if all(rank["state"] == "live" for rank in found["ranks"]):
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
 
 
 @pytest.mark.cluster
@@ -315,10 +325,24 @@ def test_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert "".join(r.text for r in responses) == a.text
         recoveries = status()["recoveries"]
         assert recoveries[0]["lost"] == [1] and recoveries[0]["pause_ms"] is not None
+        before = until_whole(status)
+        call = inference.Generate(pb.GenerateRequest(request_id="r", prompt=asked[0].prompt, params=params))
+        responses = [next(call) for _ in range(5)]
+        os.kill(before["coordinator"]["pid"], signal.SIGKILL)
+        with suppress(grpc.RpcError):
+            responses += call
+        offset = sum(len(r.token_ids) for r in responses)
+        responses += inference.Resume(pb.ResumeRequest(request_id="r", offset=offset), wait_for_ready=True)
+        assert [t for r in responses for t in r.token_ids] == list(alone[0].token_ids)
+        assert "".join(r.text for r in responses) == alone[0].text
+        after = until_whole(status)
+        assert after["coordinator"]["took_over"] == [0, 1] and after["epoch"] == before["epoch"]
+        assert [r["pid"] for r in after["ranks"]] == [r["pid"] for r in before["ranks"]]
         started = family(server.pid)
         assert len(started) >= 5  # itself, the JAX service, two workers, an engine or two
         server.terminate()
         assert server.wait(10) == 0
+        started.add(after["service_pid"])  # its parent was the first coordinator
         deadline = time.monotonic() + 5
         while left := [pid for pid in started if alive(pid)]:
             assert time.monotonic() < deadline, left

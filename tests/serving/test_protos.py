@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "generate_protos.py"
 
 FIELDS = {
-    "GenerateRequest": {"request_id": 1, "prompt": 2, "token_ids": 3, "params": 4},
+    "GenerateRequest": {"request_id": 1, "prompt": 2, "token_ids": 3, "params": 4, "priority": 5},
     "SamplingParams": {
         "max_tokens": 1,
         "temperature": 2,
@@ -43,10 +43,29 @@ FIELDS = {
     "ResumeRequest": {"request_id": 1, "offset": 2},
     "CancelRequest": {"request_id": 1},
     "CancelResponse": {"cancelled": 1},
-    "StatusRequest": {},
+    "StatusRequest": {"slots": 1},
     "StatusResponse": {"json": 1},
     "DrainRequest": {"host": 1},
     "DrainResponse": {"ranks": 1, "epoch": 2},
+    "TokenizeRequest": {"text": 1},
+    "TokenizeResponse": {"token_ids": 1},
+    "DetokenizeRequest": {"token_ids": 1},
+    "DetokenizeResponse": {"text": 1},
+    "GetModelRequest": {},
+    "GetModelResponse": {
+        "name": 1,
+        "vocab_size": 2,
+        "max_model_len": 3,
+        "max_output_tokens": 4,
+        "eos_token_ids": 5,
+        "max_logprobs": 6,
+        "version": 7,
+    },
+    "WatchRequest": {},
+    "WatchResponse": {"epoch": 1, "state": 2, "reason": 3, "ranks": 4, "time": 5, "recovery": 6},
+    "Recovery": {"epoch": 1, "cause": 2, "reasons": 3, "lost": 4, "joined": 5, "phases_ms": 6},
+    "RebalanceRequest": {},
+    "RebalanceResponse": {"slots": 1, "epoch": 2},
 }
 
 
@@ -87,7 +106,12 @@ def test_the_public_interface():
         "moe_jax.v1.Inference.Resume": True,
         "moe_jax.v1.Inference.Cancel": False,
         "moe_jax.v1.Admin.Status": False,
+        "moe_jax.v1.Inference.Tokenize": False,
+        "moe_jax.v1.Inference.Detokenize": False,
+        "moe_jax.v1.Inference.GetModel": False,
         "moe_jax.v1.Admin.Drain": False,
+        "moe_jax.v1.Admin.Watch": True,
+        "moe_jax.v1.Admin.Rebalance": False,
     }
 
 

@@ -1,0 +1,46 @@
+"""What `moe-jax serve` was asked to do. Imports nothing heavy: the process that keeps a coordinator needs no more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serving.environment import Platform
+from serving.tls import Tls
+
+
+@dataclass(frozen=True)
+class Options:
+    model: Path
+    address: str  # host:port; port 0: any
+    platform: Platform
+    hosts: int = 1
+    ranks_per_host: int = 1
+    load_format: str = "auto"
+    engine: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineConfig
+    workers: bool = True  # start them here; else they come from other machines
+    restart: bool = True
+    tls: Tls | None = None
+    api_keys: Path | None = None
+    cluster_token: str | None = None
+    max_queue_tokens: int | None = None  # of all open requests; None: four times what the caches hold
+    max_output_tokens: int | None = None  # of one request; None: as many as fit
+    web: str | None = None  # host:port of status page and metrics
+    log_json: bool = False
+    grace: float = 20.0  # seconds in which a signal to end lets accepted requests finish
+    journal: Path | None = None  # directories, made if need be
+    log_dir: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> Options:
+        paths = ("model", "journal", "log_dir", "api_keys")
+        options = {name: Path(v) if name in paths and v is not None else v for name, v in given.items()}
+        if tls := options.pop("tls"):
+            options["tls"] = Tls(**{name: Path(v) if isinstance(v, str) else v for name, v in tls.items()})
+        return cls(**options)
