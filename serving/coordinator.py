@@ -190,7 +190,7 @@ class Coordinator:
         Raises ValueError for what can never be served, ledger.AlreadyExists, scheduler.QueueFull, Unavailable.
         """
         self.cluster.limits.check(request)
-        if not wait and self.unservable is not None:
+        if not wait and self.unservable is not None and self.router.ledger.find(request.request_id) is None:
             raise Unavailable(self.unservable)
         return self.router.submit(request, listener, owner, priority)
 
@@ -482,7 +482,7 @@ class Coordinator:
                 log.info("%s%s", name, reason and f": {reason}")
                 self.watcher.changed(name, reason)
                 if reason.startswith("drain dropped"):
-                    for _, left in self._draining.values():
+                    for _, left in list(self._draining.values()):
                         if not left.done():
                             left.set_exception(Unavailable(reason))
 
@@ -607,18 +607,19 @@ class Coordinator:
         if host not in hosts:
             raise LookupError(f"host: found {host!r}, expected one of {', '.join(sorted(set(hosts)))}")
         ranks = [r for r, s in sorted(self._current.items()) if s.host == host and s.dismissed is None]
-        left = asyncio.get_running_loop().create_future()
-        self._draining[host] = {self._current[r].incarnation for r in ranks}, left
-        try:
+        if away and host in self._draining:
+            self.watcher.drained(host)
+        if host not in self._draining:
             refused, actions = self._membership.drain(host, time.monotonic())
             if refused is not None:
                 raise Unavailable(refused)
+            left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            left.add_done_callback(lambda _: self._draining.pop(host, None))
+            self._draining[host] = {self._current[r].incarnation for r in ranks}, left
             if away:
                 self.watcher.drained(host)
             self._do(actions)
-            await left
-        finally:
-            self._draining.pop(host, None)
+        await asyncio.shield(self._draining[host][1])  # whoever else asked for it waits for the same
         return {"ranks": ranks, "epoch": self._membership.status()["epoch"]}
 
     async def rebalance(self) -> dict[str, Any]:

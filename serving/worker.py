@@ -49,6 +49,7 @@ GRPC_OPTIONS = (
     *KEEPALIVE,
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),  # of the environment, meant for other things
 )
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # what `read` gives at the end of a stream
 _LOOK = 0.1  # seconds between two looks at the engine and the parent
