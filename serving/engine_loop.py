@@ -15,6 +15,7 @@ main one is inside the collective that is to be ended.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import threading
@@ -40,6 +41,7 @@ SCORE_BYTES = 16 << 20  # of log-probabilities in one message
 _CUT_EVERY = 0.01  # seconds; sockets may still be opening while they are shut
 _CUT_FOR = 2.0  # seconds; leaving takes some hundredths
 _BARRIER = 60.0  # seconds; the coordinator gives up on this rank before that
+_PREPARE_AFTER = 1.0  # seconds after a loss: until then the steps that make up for it have the machine
 _TICK = 0.002
 
 
@@ -146,6 +148,7 @@ class EngineLoop:
         # A communicator that waits for the address of a rank which has left has nothing to cut. Starting anew is faster
         # than its own timeout.
         print(f"still inside a collective {_CUT_FOR:g} s after it was aborted: this engine ends", file=sys.stderr)
+        faulthandler.dump_traceback(sys.stderr)
         os._exit(STUCK)
 
     @contextmanager
@@ -202,7 +205,9 @@ class EngineLoop:
         engine = self.engine
         ahead = [(_mesh(nodes), order) for order, nodes in body.get("ahead", ()) if self.rank in order]
         own = engine.own.devices
-        if engine.mesh is None:
+        if body["shrink"]:
+            time.sleep(_PREPARE_AFTER)
+        if engine.epoch != body["number"] or engine.mesh is None:
             return
         engine.programs.keep_only(own, engine.mesh.devices, *(mesh.devices for mesh, _ in ahead))
         for mesh, order in ahead:

@@ -19,7 +19,9 @@ from serving.environment import Platform, with_packages
 from serving.pipe import Pipe
 from serving.tls import Tls
 
-_BACKOFF = (0.1, 5.0)  # seconds until a worker is started again: the first time, and at most
+# Seconds until a worker is started again: the first time, and at most. The first second of a loss is the survivors': on
+# a machine with few cores, starting Python beside them would double the pause.
+_BACKOFF = (1.0, 5.0)
 _SETTLED = 10.0  # seconds of life after which an end counts as the first one again
 _LOOK = 0.25  # seconds between two looks at those whose end nobody told
 _PATIENCE = 2.0  # seconds from asking to killing
