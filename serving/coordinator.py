@@ -37,6 +37,7 @@ from serving.router import Listener, Oblivion, Router
 from serving.service_process import ServiceProcess
 from serving.takeover import Takeover
 from serving.tls import Tls
+from serving.wire import WellFormed
 from serving.worker import KEEPALIVE, PROTOCOL
 from serving.worker_stream import ClusterService, WorkerStream
 
@@ -129,7 +130,7 @@ class Coordinator:
     async def start(self, address: str = "127.0.0.1:0", faces: Sequence[Callable[[grpc.aio.Server], None]] = ()) -> str:
         """Listen; returns "host:port". `faces` may add other services to the server. Raises OSError if it is taken."""
         guards = [] if self._guard is None else [self._guard]
-        self._server = grpc.aio.server(interceptors=guards, options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(interceptors=[*guards, WellFormed()], options=SERVER_OPTIONS)
         rpc.add_ClusterServicer_to_server(ClusterService(self, self._frames), self._server)
         for face in faces:
             face(self._server)
