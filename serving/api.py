@@ -55,8 +55,7 @@ class Inference(rpc.InferenceServicer):
         """
         self._coordinator, self._tokenizer, self._journal = coordinator, tokenizer, journal
         self._vocab_size, self._eos, self._linger = vocab_size, tuple(eos_token_ids), linger
-        fit = coordinator.cluster.limits.max_model_len - 1
-        self._max_output_tokens, self._name = min(max_output_tokens or fit, fit), name
+        self._most, self._name = max_output_tokens, name
         vocabulary = [] if tokenizer.backend is None else tokenizer.backend.get_vocab()
         self._longest_token = max((len(token.encode()) for token in vocabulary), default=1)  # bytes
         self._running: dict[str, Completion] = {}  # by request_id
@@ -71,6 +70,22 @@ class Inference(rpc.InferenceServicer):
         for entry in entries:
             self._attach_or_submit(entry.asked, entry.owner, entry.priority, wait=True)
 
+    @property
+    def max_output_tokens(self) -> int:
+        """That a request may get."""
+        fit = self._coordinator.cluster.limits.max_model_len - 1
+        return fit if self._most is None else min(self._most, fit)
+
+    @property
+    def running(self) -> int:
+        """Requests that have not ended."""
+        return len(self._running)
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why new requests are refused, if they are."""
+        return "the server shuts down" if self._refusing or self._closed else self._coordinator.unservable
+
     def refuse(self) -> None:
         """New requests, from now on: the server is about to end. Those that are open go on."""
         self._refusing = True
@@ -84,22 +99,22 @@ class Inference(rpc.InferenceServicer):
     # Calls
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        async with self._call(context):
-            completion = await self._start(request)
+        async with self.call(context):
+            completion = await self.start(request)
             await self._stream(completion, 0, context)
 
     async def Complete(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
         response = pb.GenerateResponse()
-        async with self._call(context):
-            completion = await self._start(request)
-            with self._following(completion, context):
+        async with self.call(context):
+            completion = await self.start(request)
+            with self.following(completion, context):
                 await completion.done()
-            self._check_open(completion)
+            self.check_open(completion)
             response = completion.response()
         return response
 
     async def Resume(self, request: pb.ResumeRequest, context: grpc.aio.ServicerContext) -> None:
-        async with self._call(context):
+        async with self.call(context):
             completion = self._find(request.request_id)
             if request.offset > completion.tokens:
                 raise OutOfRange(f"offset: found {request.offset}, expected at most {completion.tokens}, all tokens")
@@ -114,7 +129,7 @@ class Inference(rpc.InferenceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         response = pb.TokenizeResponse()
-        async with self._call(context):
+        async with self.call(context):
             try:
                 response.token_ids.extend(await self._encode(request.text, "text"))
             except ValueError as e:
@@ -125,7 +140,7 @@ class Inference(rpc.InferenceServicer):
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
         response = pb.DetokenizeResponse()
-        async with self._call(context):
+        async with self.call(context):
             try:
                 self._check_tokens(request.token_ids, self._coordinator.cluster.limits.max_model_len)
             except ValueError as e:
@@ -138,20 +153,20 @@ class Inference(rpc.InferenceServicer):
             name=self._name,
             vocab_size=self._vocab_size,
             max_model_len=self._coordinator.cluster.limits.max_model_len,
-            max_output_tokens=self._max_output_tokens,
+            max_output_tokens=self.max_output_tokens,
             eos_token_ids=self._eos,
             max_logprobs=MAX_LOGPROBS,
             version=importlib.metadata.version("moe-jax"),
         )
 
     @asynccontextmanager
-    async def _call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    async def call(self, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
         """One call among a bounded number. What it raises becomes the status that protos/inference.proto names."""
         self._calls += 1
         try:
             if self._calls > MAX_CALLS:
                 raise QueueFull(f"calls: found {self._calls - 1} open, expected fewer: try again later")
-            self._check_open()
+            self.check_open()
             yield
         except tuple(CODES) as e:
             await abort(context, e, self._coordinator.router.retry_after)
@@ -160,14 +175,14 @@ class Inference(rpc.InferenceServicer):
 
     async def _stream(self, completion: Completion, start: int, context: grpc.aio.ServicerContext) -> None:
         """`write` returns when gRPC has taken the message; it waits for a client that is behind."""
-        with self._following(completion, context), suppress(grpc.aio.InternalError):  # the client has gone
+        with self.following(completion, context), suppress(grpc.aio.InternalError):  # the client has gone
             async with aclosing(completion.follow(start)) as responses:
                 async for response in responses:
                     await context.write(response)
-            self._check_open(completion)
+            self.check_open(completion)
 
     @contextmanager
-    def _following(self, completion: Completion, context: grpc.aio.ServicerContext) -> Iterator[None]:
+    def following(self, completion: Completion, context: grpc.aio.ServicerContext) -> Iterator[None]:
         """Once nobody follows a request any more, it is cancelled."""
         completion.followers += 1
         try:
@@ -183,13 +198,13 @@ class Inference(rpc.InferenceServicer):
         if not completion.followers and completion.finish_reason is None and not self._closed:
             self._cancel(completion)
 
-    def _check_open(self, completion: Completion | None = None) -> None:
+    def check_open(self, completion: Completion | None = None) -> None:
         if self._closed and (completion is None or completion.finish_reason is None):
             raise Unavailable("the server shuts down")
 
     # Requests
 
-    async def _start(self, asked: pb.GenerateRequest) -> Completion:
+    async def start(self, asked: pb.GenerateRequest) -> Completion:
         """The completion that is asked for. Raises what errors.CODES has."""
         key = caller()
         try:
@@ -241,9 +256,8 @@ class Inference(rpc.InferenceServicer):
         if len(token_ids) > most:
             raise ValueError(f"prompt: found {len(token_ids)} tokens, expected at most {most} (max_model_len - 1)")
         self._check_tokens(token_ids, most)
-        if params.max_tokens > self._max_output_tokens and asked.params.HasField("max_tokens"):
-            most = self._max_output_tokens
-            raise ValueError(f"max_tokens: found {params.max_tokens}, expected at most {most}")
+        if self._most is not None and params.max_tokens > self._most:
+            raise ValueError(f"max_tokens: found {params.max_tokens}, expected at most {self._most}")
         return Request(asked.request_id or secrets.token_hex(8), token_ids, params, eos_token_ids=self._eos)
 
     async def _encode(self, text: str, name: str = "prompt") -> list[int]:

@@ -298,6 +298,12 @@ def _address(text: str) -> str:
     return text
 
 
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"must be a port, found {text!r}")
+    return int(text)
+
+
 def configure_serve(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--address", type=_address, default=_ADDRESS, metavar="HOST:PORT", help="port 0: any free one")
@@ -308,6 +314,7 @@ def configure_serve(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--platform", choices=("cpu", "cuda"), help="of the workers (default: a GPU if there is one)")
     group.add_argument("--journal", type=Path, metavar="DIR", help="requests are kept there and outlive this process")
     group.add_argument("--log-dir", type=Path, metavar="DIR", help="a log of each local worker")
+    group.add_argument("--openai-port", type=_port, metavar="PORT", help="OpenAI's HTTP interface, by the gateway smg")
     group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: an object a line")
     group.add_argument("--web", type=_address, metavar="HOST:PORT", help="serve a status page and /metrics there")
     group.add_argument("--max-queue-tokens", type=_positive, metavar="N", help="of all requests that are accepted")
@@ -347,6 +354,7 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
             max_output_tokens=args.max_output_tokens,
             grace=args.grace,
             web=args.web,
+            openai_port=args.openai_port,
             log_json=args.log_format == "json",
             **server_credentials(args, args.workers == "local"),
             **own,
@@ -360,6 +368,10 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
 
 async def _serve(options: Options, say: Callable[[str], None]) -> None:
     """With a journal the coordinator may die, and so it is a process of its own, apart from what starts workers."""
+    if options.openai_port is not None:
+        from serving import gateway
+
+        gateway.find()
     if options.workers and options.journal is not None:
         from serving.keeper import keep
 

@@ -19,6 +19,7 @@ from dataclasses import replace
 from serving.channel import Decoder, Message, encode
 from serving.child import Child
 from serving.environment import host_labels, with_packages
+from serving.gateway import Gateway
 from serving.launcher import Launcher
 from serving.logs import use_json
 from serving.options import Options
@@ -40,6 +41,7 @@ class Keeper:
     def __init__(self, options: Options, say: Callable[[str], None]) -> None:
         self._options, self._say = options, say
         self._launcher: Launcher | None = None
+        self._gateway: Gateway | None = None
         self._child: Child | None = None
         self._pipe: Pipe | None = None
         self._running_at = self._looked = time.monotonic()
@@ -66,6 +68,8 @@ class Keeper:
             await self._close()
 
     async def _close(self) -> None:
+        if self._gateway is not None:
+            await self._gateway.close()
         if self._launcher is not None:
             self._launcher.retire()
         child = self._child
@@ -111,6 +115,8 @@ class Keeper:
                 self._options = replace(self._options, address=address)  # the next one's, too
                 if self._launcher is None:
                     self._start_workers(address)
+                    if self._options.openai_port is not None:
+                        self._gateway = Gateway(address, self._options.openai_port, self._options.model)
             case {"type": "say", "line": line}:
                 self._say(line)
             case {"type": "dismissed", "rank": rank, "pid": pid} if self._launcher is not None:

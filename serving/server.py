@@ -7,6 +7,7 @@ model that no worker can load will not be loaded the next time either. After tha
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 import signal
@@ -28,6 +29,7 @@ from serving.api import Inference
 from serving.cluster import Cluster, make_cluster
 from serving.coordinator import Coordinator, Watcher
 from serving.environment import Platform, compilation_cache, engine_environment, host_labels
+from serving.gateway import Gateway
 from serving.journal import Journal
 from serving.launcher import Launcher
 from serving.logs import use_json
@@ -122,6 +124,7 @@ class Server:
         self.inference = Inference(self.coordinator, tokenizer, vocab_size, eos_token_ids, journal, linger, **limits)
         self.admin, self.health = Admin(self.coordinator), health.aio.HealthServicer()
         self.web: Web | None = None
+        self._faces: list[tuple[str, Callable[[grpc.aio.Server], None]]] = []  # beside our own
         self._changes: set[asyncio.Task[None]] = set()
         self.launcher: Launching | None = None
         self.serving = asyncio.Event()  # has begun, once
@@ -143,11 +146,23 @@ class Server:
         self.web = Web(coordinator.observe, coordinator.metrics, self._guard, self._tls)
         return self.web.start(address)
 
+    def add_vllm_face(self, model: Path, name: str) -> None:
+        """Before `start`: speak the protocol of vLLM's engines, too. Raises ImportError without smg-grpc-proto."""
+        from smg_grpc_proto.generated import vllm_engine_pb2_grpc
+
+        from serving.vllm_face import NAME, VllmEngine
+
+        engine = VllmEngine(self.inference, model, name)
+        self._faces.append((NAME, lambda server: vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(engine, server)))
+
     def _add_services(self, server: grpc.aio.Server) -> None:
+        for _, add in self._faces:
+            add(server)
         rpc.add_InferenceServicer_to_server(self.inference, server)
         rpc.add_AdminServicer_to_server(self.admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-        public = (_INFERENCE, _ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        faces = [name for name, _ in self._faces]
+        public = (_INFERENCE, _ADMIN, *faces, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(public, server)
 
     async def _say_health(self, serving: bool) -> None:
@@ -155,7 +170,8 @@ class Server:
         status = health_pb2.HealthCheckResponse.ServingStatus
         for name in ("", _ADMIN):
             await self.health.set(name, status.SERVING)
-        await self.health.set(_INFERENCE, status.SERVING if serving else status.NOT_SERVING)
+        for name in (_INFERENCE, *(name for name, _ in self._faces)):
+            await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     def start_workers(self, platform: Platform, log_dir: Path | None = None) -> Launcher:
         """On this machine, as far as they belong to the cluster."""
@@ -279,12 +295,17 @@ async def serve(
     if options.log_json:
         use_json(lambda: server.coordinator.epoch)
     stop, serving = asyncio.create_task(signalled.get()), asyncio.create_task(server.serving.wait())
+    gateway: Gateway | None = None
     gone = asyncio.create_task((kept or asyncio.Event()).wait())
     try:
+        if importlib.util.find_spec("smg_grpc_proto") is not None:
+            server.add_vllm_face(options.model.resolve(), options.model.name)
         address = await server.start(options.address)
         log.info("%s: waiting for %d workers", address, len(cluster.rules.hosts))
         if options.web is not None:
             log.info("status page and metrics at %s", server.start_web(options.web))
+        if options.openai_port is not None and keeper is None:
+            gateway = Gateway(address, options.openai_port, options.model)
         if keeper is not None:
             server.use(keeper)
             keeper.worker_ended = server.worker_ended
@@ -306,4 +327,6 @@ async def serve(
     finally:
         for task in (stop, gone, serving):
             task.cancel()
+        if gateway is not None:
+            await gateway.close()
         await server.close()

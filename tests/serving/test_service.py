@@ -37,7 +37,7 @@ KEYS = {
 @pytest.fixture(scope="module")
 def served() -> Iterator[Running]:
     cluster = fake_cluster(("a", "b", "c"), fake={"step": 0.002}, **PATIENT)
-    running = Running(cluster, keys=tuple(KEYS.values()), key="root's key", max_output_tokens=20000, name="toy")
+    running = Running(cluster, keys=tuple(KEYS.values()), key="root's key", max_output_tokens=16000, name="toy")
     yield running
     running.close()
 
@@ -79,7 +79,7 @@ def test_details_of_errors(served):
     assert found["ErrorInfo"].reason == "INVALID_ARGUMENT" and found["ErrorInfo"].domain == "moe-jax"
     assert [v.field for v in found["BadRequest"].field_violations] == ["temperature"]
     assert "RetryInfo" not in found
-    with refused(grpc.StatusCode.INVALID_ARGUMENT, "max_tokens: found 20001, expected at most 16383"):
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "max_tokens: found 20001, expected at most 16000"):
         served.inference.Complete(request(20001))
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "priority: found 10, expected 0 to 9"):
         served.inference.Complete(request(priority=10))
@@ -132,7 +132,7 @@ def test_text_and_tokens_and_the_model(served):
         inference.Tokenize(pb.TokenizeRequest(text="x" * 5_000_000))
     model = inference.GetModel(pb.GetModelRequest())
     assert (model.name, model.vocab_size, list(model.eos_token_ids)) == ("toy", VOCABULARY, [EOS])
-    assert (model.max_model_len, model.max_output_tokens, model.max_logprobs) == (1 << 14, (1 << 14) - 1, 5)
+    assert (model.max_model_len, model.max_output_tokens, model.max_logprobs) == (1 << 14, 16000, 5)
 
 
 def test_watch(served):
