@@ -118,9 +118,9 @@ class Guard(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> Any:
         details: Any = handler_call_details
         method: str = details.method
         metadata: Mapping[str, str | bytes] = dict(details.invocation_metadata)
@@ -178,7 +178,14 @@ class _WithKey(
         metadata = [*(details.metadata or ()), ("authorization", f"Bearer {self._key}")]
         return continuation(_Details(details.method, details.timeout, metadata, details.credentials), request)
 
-    intercept_unary_unary = intercept_unary_stream = intercept_stream_stream = _intercept
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return self._intercept(continuation, client_call_details, request)
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return self._intercept(continuation, client_call_details, request)
+
+    def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return self._intercept(continuation, client_call_details, request_iterator)
 
 
 @dataclass(frozen=True)

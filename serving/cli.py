@@ -389,6 +389,7 @@ def configure_worker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=_natural, required=True, metavar="R", help="this worker's number, from 0")
     parser.add_argument("--host", required=True, metavar="NAME", help="label of the failure domain it belongs to")
     parser.add_argument("--platform", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--gpu", type=_natural, metavar="I", help="which visible GPU (default: that of the rank)")
     parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="seconds to go on uncoordinated")
     add_credentials(parser)
 
@@ -405,7 +406,9 @@ def run_worker(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     with _bad_input():
         platform = args.platform or guess_platform(os.environ.get("JAX_PLATFORMS"))
         given = credentials(args)
-        options = worker.Options(args.coordinator, args.rank, args.host, platform, args.patience, **given)
+        options = worker.Options(
+            args.coordinator, args.rank, args.host, platform, args.patience, gpu=args.gpu, **given
+        )
         return asyncio.run(worker.supervise(options))
 
 
@@ -498,6 +501,28 @@ def _print_status(status: dict[str, Any]) -> None:
         console.print("\nchanges of the ranks that serve, in ms:", changes, sep="\n")
 
 
+def configure_health(parser: argparse.ArgumentParser) -> None:
+    _add_coordinator(parser)
+    parser.add_argument("--timeout", type=float, default=4.0, metavar="S", help="seconds to wait for an answer")
+
+
+def run_health(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    """0 while new requests are served, else 1: for probes where TLS is in their way."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    request = health_pb2.HealthCheckRequest(service="moe_jax.v1.Inference")
+    with _channel(args) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=args.timeout)  # type: ignore[attr-defined]
+        except grpc.RpcError as error:
+            assert isinstance(error, grpc.Call)
+            raise Failure(f"{args.address}: {error.code()}: {error.details()}") from None
+    name = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    print(name)
+    return 0 if name == "SERVING" else 1
+
+
 def configure_top(parser: argparse.ArgumentParser) -> None:
     _add_coordinator(parser)
     parser.add_argument("--every", type=float, default=0.5, metavar="S", help="seconds between two looks")
@@ -576,6 +601,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("worker", "Run one rank of a cluster whose coordinator is elsewhere.", configure_worker, run_worker),
     Command("status", "Show what a cluster is doing.", configure_status, run_status),
     Command("top", "Show what a cluster is doing, live.", configure_top, run_top),
+    Command("health", "Say whether new requests are served.", configure_health, run_health),
     Command("drain", "Move a host's requests to others and let it leave.", configure_drain, run_drain),
     Command("key", "Draw an API key.", configure_key, run_key),
     Command("convert", "Write a serving checkpoint of a model.", configure_convert, run_convert),

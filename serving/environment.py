@@ -48,9 +48,12 @@ def guess_platform(jax_platforms: str | None) -> Platform:
     return "cuda" if has_plugin and Path("/dev/nvidiactl").exists() else "cpu"
 
 
-def engine_environment(rank: int, platform: Platform, environ: Mapping[str, str]) -> dict[str, str]:
+def engine_environment(
+    rank: int, platform: Platform, environ: Mapping[str, str], gpu: int | None = None
+) -> dict[str, str]:
     """`environ` with what rank `rank`'s engine process needs: one device, and this package importable.
 
+    gpu: which of this machine's visible GPUs it uses; the one of its rank by default, where all ranks are here.
     With MOE_JAX_SHARE_GPU=1 all ranks use the first GPU, and NCCL takes them for different machines.
     Raises ValueError when CUDA_VISIBLE_DEVICES names too few GPUs.
     """
@@ -66,8 +69,9 @@ def engine_environment(rank: int, platform: Platform, environ: Mapping[str, str]
             env.setdefault(name, value)
         shared = env.get("MOE_JAX_SHARE_GPU") == "1"
         visible = env.get("CUDA_VISIBLE_DEVICES")
-        gpus = [str(i) for i in range(rank + 1)] if visible is None else visible.split(",")
-        index = 0 if shared else rank
+        wanted = rank if gpu is None else gpu
+        gpus = [str(i) for i in range(wanted + 1)] if visible is None else visible.split(",")
+        index = 0 if shared else wanted
         if index >= len(gpus):
             raise ValueError(f"CUDA_VISIBLE_DEVICES: found {visible!r}, expected a GPU for rank {rank}")
         env["CUDA_VISIBLE_DEVICES"] = gpus[index]

@@ -41,7 +41,7 @@ class Options:
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> Options:
         paths = ("model", "journal", "log_dir", "api_keys")
-        options = {name: Path(v) if name in paths and v is not None else v for name, v in given.items()}
+        options: dict[str, Any] = {n: Path(v) if n in paths and v is not None else v for n, v in given.items()}
         if tls := options.pop("tls"):
             options["tls"] = Tls(**{name: Path(v) if isinstance(v, str) else v for name, v in tls.items()})
         return cls(**options)

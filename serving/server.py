@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from moe_jax.config import ModelConfig
@@ -122,7 +123,7 @@ class Server:
         self.coordinator = Coordinator(cluster, journal, self.watcher, tls, guard := Guard(keys, token))
         self._guard, self._tls, self._token = guard, tls, token
         self.inference = Inference(self.coordinator, tokenizer, vocab_size, eos_token_ids, journal, linger, **limits)
-        self.admin, self.health = Admin(self.coordinator), health.aio.HealthServicer()
+        self.admin, self.health = Admin(self.coordinator), HealthServicer()
         self.web: Web | None = None
         self._faces: list[tuple[str, Callable[[grpc.aio.Server], None]]] = []  # beside our own
         self._changes: set[asyncio.Task[None]] = set()

@@ -73,7 +73,7 @@ class Tls:
         return tuple(path.stat().st_mtime for path in (self.cert, self.key, self.ca) if path is not None)
 
     def _configuration(self) -> Any:
-        pair = (_read(self.key), _read(self.cert))
+        pair: Any = (_read(self.key), _read(self.cert))
         return grpc.ssl_server_certificate_configuration([pair], _read(self.ca))
 
 

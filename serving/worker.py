@@ -67,6 +67,7 @@ class Options:
     parent: int | None = None  # socket whose end means to exit
     tls: Tls | None = None  # None: the coordinator speaks none
     token: str | None = None  # of the cluster
+    gpu: int | None = None  # as in engine_environment
 
 
 class Supervisor:
@@ -77,7 +78,7 @@ class Supervisor:
         self.options = options
         self.exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         environ = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
-        self._environ = engine_environment(options.rank, options.platform, environ)
+        self._environ = engine_environment(options.rank, options.platform, environ, options.gpu)
         self._engine: Child | None = None
         self._relay: Relay | None = None
         self._outgoing: asyncio.Queue[pb.WorkerMessage] = asyncio.Queue()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from signal import SIGKILL
+from typing import Any
 
 import grpc
 import pytest
@@ -46,7 +47,7 @@ def stub(running: Running, name: str) -> rpc.InferenceStub:
     return rpc.InferenceStub(grpc.intercept_channel(grpc.insecure_channel(running.address), with_key(f"{name}'s key")))
 
 
-def details(error: pytest.ExceptionInfo[grpc.RpcError]) -> dict[str, object]:
+def details(error: pytest.ExceptionInfo[grpc.RpcError]) -> dict[str, Any]:
     status = rpc_status.from_call(error.value)  # type: ignore[arg-type]
     assert status is not None
     found = {}
@@ -59,7 +60,7 @@ def details(error: pytest.ExceptionInfo[grpc.RpcError]) -> dict[str, object]:
 
 def test_health_and_reflection(served):
     with grpc.insecure_channel(served.address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
         for service in ("", "moe_jax.v1.Inference", "moe_jax.v1.Admin"):
             assert health.Check(health_pb2.HealthCheckRequest(service=service)).status == 1  # SERVING
         with refused(grpc.StatusCode.NOT_FOUND, ""):
@@ -93,7 +94,7 @@ def test_the_share_of_a_key(served):
     with pytest.raises(grpc.RpcError) as error:
         alice.Complete(request())
     assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
-    delay = details(error)["RetryInfo"].retry_delay.ToTimedelta().total_seconds()  # type: ignore[attr-defined]
+    delay = details(error)["RetryInfo"].retry_delay.ToTimedelta().total_seconds()
     assert 0.1 <= delay <= 60
     with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "key 'bob': found 0 tokens open and 50 more"):
         bob.Complete(request(token_ids=pb.TokenIds(ids=[1] * 50)))
