@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from moe_jax.config import ConfigError, ModelConfig
 from moe_jax.dummy_checkpoint import DummyCheckpoint
 from moe_jax.hugging_face import HuggingFaceCheckpoint
 from moe_jax.params import Param, iterate
 from moe_jax.scratch import scratch
+from moe_jax.small import Call, direct, filled, set_row
 from moe_jax.tensor_file import CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointError", "convert", "load_params", "load_slots", "open_checkpoint", "param_types"]
@@ -90,6 +89,7 @@ def load_params(
     device: jax.Device,
     dtype: Literal["float32", "bfloat16"],
     keep_expert_dtype: bool = True,
+    call: Call = direct,
 ) -> dict[str, Any]:
     """A rank's parameters, shaped as `moe_jax.params.stacked_shapes` says, committed to `device`.
 
@@ -109,12 +109,14 @@ def load_params(
         *segment, name = path
         place = params["segments"][segment[1]] if segment else params
         if isinstance(checkpoint, DummyCheckpoint):
-            array = checkpoint.draw(path, param, np.arange(first, first + max(layers, 1)), experts, target, device)
+            array = checkpoint.draw(
+                path, param, np.arange(first, first + max(layers, 1)), experts, target, device, call
+            )
             place[name] = array if layers else array[0]
         elif layers:
             rows = _layers(checkpoint, path, param, range(first, first + layers), experts, target)
             shape = (layers, *(experts.shape[1:] if experts is not None else ()), *param.shape)
-            place[name] = _stack(rows, shape, target, device)
+            place[name] = _stack(rows, shape, target, device, call)
         else:
             array = checkpoint.read(path, param, 0, None)
             place[name] = jax.device_put(array.astype(target, order="C", copy=False), device)
@@ -202,15 +204,12 @@ def _layers(
             yield buffer
 
 
-def _stack(rows: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> jax.Array:
+def _stack(
+    rows: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype, device: jax.Device, call: Call
+) -> jax.Array:
     """Fill one device array row by row, in place, so that nothing bigger than a row is held besides."""
-    stack = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=SingleDeviceSharding(device))()
+    stack = call(filled, device, np.float32(0), shape=shape, dtype=dtype)
     for i, row in enumerate(rows):
         # Waiting lets `rows` write its next row where this one was, and keeps rows from piling up.
-        stack = _set_row(stack, jax.device_put(row, device), np.int32(i)).block_until_ready()
+        stack = call(set_row, device, stack, row, np.array([i], np.int32)).block_until_ready()
     return stack
-
-
-@partial(jax.jit, donate_argnums=0)
-def _set_row(stack: jax.Array, row: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, row, i, 0)

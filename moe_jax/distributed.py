@@ -54,6 +54,12 @@ def default_platform() -> str:
     return named or jax.default_backend()
 
 
+def pretend_gpus(count: int) -> None:
+    """Before JAX is first used: one device for each of `count` processes, of which only this one's is real. Programs
+    can be compiled for them, and not run."""
+    jax.config.update("jax_mock_gpu_topology", f"1x{count}x1")
+
+
 def start_service(address: str, num_nodes: int, heartbeat_s: int = 30) -> Any:
     """The JAX coordination service, in this process, at "host:port", for `num_nodes` ranks. Keep the result.
 
@@ -107,7 +113,8 @@ Loaded = Callable[[list[jax.Array]], list[list[jax.Array]]]
 def program_flags(kind: str) -> tuple[str, ...]:
     """The XLA flags that may change what a program for this kind of device computes."""
     flags = os.environ.get("XLA_FLAGS", "")
-    names = {f for f in flags.split() if not f.startswith("--xla_force_host_platform_device_count")}
+    others = ("--xla_force_host_platform_device_count", "--xla_gpu_" if kind == "cpu" else "--xla_cpu_")
+    names = {f for f in flags.split() if not f.startswith(others)}
     return tuple(sorted(names | set(_missing_cpu_flags(flags) if kind == "cpu" else ())))
 
 

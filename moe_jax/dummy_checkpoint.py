@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.params import Param
+from moe_jax.small import Call, direct
 
 
 class DummyCheckpoint:
@@ -40,6 +41,7 @@ class DummyCheckpoint:
         experts: np.ndarray | None,
         dtype: np.dtype,
         device: jax.Device,
+        call: Call = direct,
     ) -> jax.Array:
         """dtype [layers, *shape]; with `experts` (int [layers, slots], -1: empty) dtype [layers, slots, *shape]."""
         slots = experts.shape[1] if experts is not None else 1
@@ -50,8 +52,17 @@ class DummyCheckpoint:
         if deviation == 0:
             return jax.device_put(np.full((*leading, *param.shape), mean, dtype), device)
         seed = np.uint32(crc32(f"{self._seed} {path[-1]}".encode()))
-        on_device = jax.device_put((seed, numbers.astype(np.int32)), device)
-        return _draw(*on_device, leading, param.shape, deviation, self.dtype(path, param, 0), dtype)
+        return call(
+            _draw,
+            device,
+            seed,
+            numbers.astype(np.int32),
+            leading=leading,
+            shape=param.shape,
+            deviation=deviation,
+            stored=self.dtype(path, param, 0),
+            dtype=dtype,
+        )
 
 
 def _spread(name: str, param: Param) -> tuple[float, float]:
@@ -64,7 +75,7 @@ def _spread(name: str, param: Param) -> tuple[float, float]:
     return 0.0, 0.02 if name == "embed" else fan_in**-0.5
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+@partial(jax.jit, static_argnames=("leading", "shape", "deviation", "stored", "dtype"))
 def _draw(
     seed: jax.Array,
     numbers: jax.Array,

@@ -15,8 +15,6 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +31,7 @@ from moe_jax.placement import routing
 from moe_jax.request import Request, SamplingParams, TokenEvent
 from moe_jax.scheduler import Entry, Limits, Scheduler, StepPlan
 from moe_jax.scheduler import Sequence as Tokens
+from moe_jax.small import filled, set_row
 
 Experts = Mapping[tuple[int, int], Mapping[str, np.ndarray]]  # weights by (layer with experts, expert), by parameter
 
@@ -76,13 +75,18 @@ class Engine:
         self.ranks = [Rank(Scheduler(Limits.of(config), config.prefix_caching)) for _ in devices]
         self.buckets = config.buckets
         self.layouts = {bucket: Layout(bucket, config) for bucket in self.buckets}
-        self.params = [load_params(checkpoint, slots[:, i], device, config.dtype) for i, device in enumerate(devices)]
+        call = programs.call
+        self.params = [
+            load_params(checkpoint, slots[:, i], device, config.dtype, call=call) for i, device in enumerate(devices)
+        ]
         for params in self.params:
             for segment in params["segments"]:
-                segment |= {name: prepare(a) for name, a in segment.items() if name.startswith("experts_")}
+                segment |= {name: prepare(a, call) for name, a in segment.items() if name.startswith("experts_")}
         dtype = jnp.dtype(config.dtype)
         self.cache = {
-            name: self.own.assemble([jnp.zeros(shape, dtype, device=device) for device in devices], STACKED)
+            name: self.own.assemble(
+                [call(filled, device, np.float32(0), shape=shape, dtype=dtype) for device in devices], STACKED
+            )
             for name, shape in cache_shapes(self.model, config).items()
         }
         self.mesh: ExpertMesh | None = None  # of the epoch; None: none has been entered, or it is lost
@@ -170,9 +174,10 @@ class Engine:
         starts = first_moe_layers(self.model)
         number = int(np.searchsorted(starts, layer, side="right")) - 1
         segment, at = self.params[i]["segments"][number], np.array([layer - starts[number], slot], np.int32)
+        device, call = self.own.devices[i], self.programs.call
         for name, array in weights.items():
-            row = prepare(jax.device_put(array, self.own.devices[i]))
-            segment[name] = _set_row(segment[name], row, at)
+            row = prepare(jax.device_put(array, device), call)
+            segment[name] = call(set_row, device, segment[name], row, at)
 
     # Requests
 
@@ -342,9 +347,3 @@ class Engine:
             if not job.sequence.remaining:
                 rank.scheduler.pool.release(job.sequence.pages)
                 rank.scores.popleft()
-
-
-@partial(jax.jit, donate_argnums=0)
-def _set_row(stack: jax.Array, row: jax.Array, at: Any) -> jax.Array:
-    """stack [layers, slots, *row.shape] with `row` at the layer and slot `at`."""
-    return jax.lax.dynamic_update_slice(stack, row[None, None], (at[0], at[1], *([0] * row.ndim)))

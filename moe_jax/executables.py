@@ -8,6 +8,7 @@ the devices of a mesh, which takes milliseconds. Changing the mesh compiles noth
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from moe_jax import attention, programs
 from moe_jax.batch_input import Layout, pack_output
@@ -65,6 +66,7 @@ class Executables:
     kind: str  # of device
     store: programs.ProgramStore
     _loaded: dict[tuple[Program, tuple[int, ...]], Loaded] = field(default_factory=dict, repr=False)
+    _small: dict[tuple[str, int], Loaded] = field(default_factory=dict, repr=False)  # by key and device
 
     @staticmethod
     def of(checkpoint: Checkpoint, engine: EngineConfig, kind: str, store: programs.ProgramStore) -> "Executables":
@@ -88,7 +90,42 @@ class Executables:
         return programs.key(self.kind, self.model, self.engine, types, program, kernels)
 
     def missing(self, wanted: Sequence[Program]) -> list[Program]:
-        return [p for p in wanted if not self.store.has(self.key(p))]
+        """Those that are not in the store; damaged ones are removed from it."""
+        return [p for p in wanted if self.store.get(self.key(p)) is None]
+
+    def call(self, function: Any, device: jax.Device, *arguments: Any, **static: Any) -> jax.Array:
+        """`function(*arguments, **static)`, jitted, with one result, on one device.
+
+        Loading parameters takes a few dozen such functions. Their programs are kept as the steps' are, and whoever
+        needs one first compiles it, so that the second start compiles nothing.
+        """
+        shapes = [(np.shape(a), np.result_type(a).name) for a in arguments]
+        key = programs.key(self.kind, function.__module__, function.__name__, shapes, sorted(static.items()))
+        if (key, device.id) not in self._small:
+            raw = self.store.get(key)
+            if raw is None:
+                place = SingleDeviceSharding(device)
+                specs = [jax.ShapeDtypeStruct(shape, jnp.dtype(t), sharding=place) for shape, t in shapes]
+                raw = serialize_program(function.lower(*specs, **static))
+                self.store.put(key, raw)
+            self._small[key, device.id] = load_program(raw, [device])
+        return self._small[key, device.id]([jax.device_put(a, device) for a in arguments])[0][0]
+
+    def note_small(self) -> None:
+        """Note in the store that the programs which `call` has used are needed."""
+        if self.store.directory is not None:
+            with suppress(OSError):
+                self.store.need(self.loading, {key for key, _ in self._small})
+
+    @property
+    def loading(self) -> str:
+        """The configuration under which `note_small` notes them."""
+        return programs.key(self.kind, "loading", self.configuration)
+
+    @property
+    def configuration(self) -> str:
+        """What decides the keys, but for the versions of JAX and of this package."""
+        return repr((self.model, self.engine, [str(t) for t in jax.tree.leaves(self.types)], self.kind))
 
     def load(self, program: Program, devices: Sequence[jax.Device]) -> Loaded:
         """The program for these devices; compiled here if it is nowhere at hand."""

@@ -11,13 +11,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jaxlib.version
@@ -26,8 +29,8 @@ from moe_jax.distributed import program_flags
 
 # The modules of this package whose source decides what is compiled.
 _SOURCES = (
-    *("attention", "batch_input", "config", "executables", "kernels/expert_ffn", "kernels/native", "mesh", "model"),
-    *("moe", "params", "reduce", "sampling", "tiles"),
+    *("attention", "batch_input", "config", "dummy_checkpoint", "executables", "kernels/expert_ffn", "kernels/native"),
+    *("mesh", "model", "moe", "params", "reduce", "sampling", "small", "tiles"),
 )
 
 
@@ -45,9 +48,16 @@ def key(kind: str, *parts: object) -> str:
     return hashlib.sha256(repr((fixed, parts)).encode()).hexdigest()[:40]
 
 
+State = Literal["present", "missing", "damaged"]
+_LEFT_OVER = 3600.0  # seconds after which a file that was never finished is nobody's any more
+
+
 @dataclass
 class ProgramStore:
-    """Serialised programs by key, in memory and, with a directory, on disk. Any process may write at any time."""
+    """Serialised programs by key, in memory and, with a directory, on disk. Any process may write at any time.
+
+    Beside the programs lie lists of what configurations need (`need`), so that the rest can be told (`prune`).
+    """
 
     directory: Path | None
     _memory: dict[str, bytes] = field(default_factory=dict, repr=False)
@@ -63,16 +73,26 @@ class ProgramStore:
                 data = path.read_bytes()
             except OSError:
                 return None
-            if hashlib.sha256(data[32:]).digest() != data[:32]:
+            if not _whole(data):
                 warnings.warn(f"{path}: damaged, found {len(data)} bytes with another checksum; removed", stacklevel=2)
                 path.unlink(missing_ok=True)
                 return None
-            self._memory[key] = data[32:]
+            self._memory[key] = data[_CHECKSUM:]
         return self._memory.get(key)
 
-    def has(self, key: str) -> bool:
+    def look(self, key: str) -> tuple[State, int]:
+        """What is on disk, read and compared with its checksum, and the program's bytes. Nothing is kept or removed."""
         path = self.path(key)
-        return key in self._memory or (path is not None and path.exists())
+        try:
+            data = b"" if path is None else path.read_bytes()
+        except OSError:
+            return "missing", 0
+        return ("present" if _whole(data) else "damaged" if path else "missing"), max(len(data) - _CHECKSUM, 0)
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory."""
+        return sum(map(len, self._memory.values()))
 
     @contextlib.contextmanager
     def making(self, key: str) -> Iterator[None]:
@@ -90,13 +110,50 @@ class ProgramStore:
     def put(self, key: str, program: bytes) -> None:
         """A directory that cannot be written is a warning: the program is at hand all the same."""
         self._memory[key] = program
-        path = self.path(key)
-        if path is None:
-            return
+        if (path := self.path(key)) is not None:
+            try:
+                _write(path, hashlib.sha256(program).digest() + program)
+            except OSError as e:
+                warnings.warn(f"{path}: a compiled program cannot be kept there ({e.strerror})", stacklevel=2)
+
+    def need(self, configuration: str, keys: Iterable[str]) -> None:
+        """Note what a configuration needs, in the place of what it needed before. Raises OSError."""
+        _write(self._list(configuration), json.dumps(sorted(keys)).encode())
+
+    def needs(self, configuration: str) -> list[str] | None:
+        """The keys that were noted; None if none were."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
-                file.write(hashlib.sha256(program).digest() + program)
-            os.replace(file.name, path)
-        except OSError as e:
-            warnings.warn(f"{path}: a compiled program cannot be kept there ({e.strerror})", stacklevel=2)
+            return json.loads(self._list(configuration).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _list(self, configuration: str) -> Path:
+        assert self.directory is not None
+        return self.directory / f"{hashlib.sha256(configuration.encode()).hexdigest()[:40]}.needed"
+
+    def prune(self) -> list[tuple[str, int]]:
+        """Remove the programs that no noted configuration needs; their keys and bytes. Raises OSError."""
+        assert self.directory is not None
+        needed = {key for path in self.directory.glob("*.needed") for key in json.loads(path.read_text())}
+        unfinished = [p for p in self.directory.glob(".new-*") if time.time() - p.stat().st_mtime > _LEFT_OVER]
+        removed = [p for p in sorted(self.directory.glob("*.program")) if p.stem not in needed] + unfinished
+        sizes = [(path.stem, path.stat().st_size) for path in removed]
+        for path in removed:
+            path.unlink(missing_ok=True)
+            self._memory.pop(path.stem, None)
+        return sizes
+
+
+_CHECKSUM = 32  # bytes of SHA-256 in front of each program
+
+
+def _whole(data: bytes) -> bool:
+    return hashlib.sha256(data[_CHECKSUM:]).digest() == data[:_CHECKSUM]
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of it or nothing, whoever else writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)

@@ -1,8 +1,9 @@
 """Compiling what a configuration needs before it is needed.
 
-On CPU a program for n ranks is compiled in a process with n virtual devices, so no cluster has to be up, and a cluster
-that is up goes on serving. `python -m moe_jax.warmup` is that process: told on stdin what to compile, it says on stdout
-what is done, a JSON object a line, and ends when its stdin does.
+A program for n ranks is compiled in a process that has n devices of its kind, so no cluster has to be up, and a cluster
+that is up goes on serving. On CPU these are n virtual devices; on GPU one real one and n - 1 that JAX pretends, for
+nothing is run. `python -m moe_jax.warmup` is that process: told on stdin what to compile, it says on stdout what is
+done, a JSON object a line, and ends when its stdin does.
 """
 
 from __future__ import annotations
@@ -15,14 +16,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_jax.config import Bucket, EngineConfig
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moe_jax.checkpoint import Checkpoint
+    from moe_jax.executables import Executables, Program
+    from moe_jax.params import Param
+    from moe_jax.programs import State
+
+Report = Callable[[dict[str, Any]], None]
+
 NICE = 5  # compiling is not in a hurry beside serving
+_MEMORY = 2 << 30  # bytes that a compiling process may take: as seen, and half as much again
+_GPU_JOBS = 4  # processes that share one GPU while they compile
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class Spec:
     config: EngineConfig
     cache: str
 
-    def executables(self, kind: str = "cpu") -> Any:
+    def executables(self, kind: str = "cpu") -> Executables:
         from moe_jax.checkpoint import open_checkpoint
         from moe_jax.executables import Executables
         from moe_jax.programs import ProgramStore
@@ -43,13 +56,43 @@ class Spec:
         return Executables.of(checkpoint, self.config, kind, ProgramStore(Path(self.cache)))
 
 
-def wanted(executables: Any, sizes: Iterable[int]) -> list[Any]:
+@dataclass(frozen=True)
+class Entry:
+    """A program that is wanted, and what is on disk of it. None: the small ones that loading parameters takes."""
+
+    program: Program | None
+    keys: tuple[str, ...]
+    state: State
+    bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return describe(self.program) | {"bytes": self.bytes}
+
+
+def describe(program: Program | None) -> dict[str, Any]:
+    if program is None:
+        return {"step": "load", "bucket": None, "mesh": 1}
+    return {"step": program.kind, "bucket": asdict(program.bucket), "mesh": program.ranks}
+
+
+def wanted(executables: Executables, sizes: Iterable[int]) -> list[Program]:
     """The programs of meshes of these sizes, one rank a process."""
     return list(dict.fromkeys(p for size in sizes for p in executables.wanted(size)))
 
 
-def ensure(spec: Spec, sizes: Iterable[int], timeout: float, report: Callable[[dict[str, Any]], None] = print) -> None:
-    """Return when every program of these sizes is in the store; processes that want the same compile it once.
+def look(executables: Executables, sizes: Iterable[int]) -> list[Entry]:
+    """What is on disk of the programs of these sizes, each read and compared with its checksum. Compiles nothing."""
+    store, keys = executables.store, {program: executables.key(program) for program in wanted(executables, sizes)}
+    entries = [Entry(program, (key,), *store.look(key)) for program, key in keys.items()]
+    small = store.needs(executables.loading)
+    seen = [store.look(key) for key in small or ()]
+    states = {state for state, _ in seen} if small else {"missing"}
+    state: State = "damaged" if "damaged" in states else "missing" if "missing" in states else "present"
+    return [*entries, Entry(None, tuple(small or ()), state, sum(size for _, size in seen))]
+
+
+def ensure(spec: Spec, sizes: Iterable[int], timeout: float, report: Report = print) -> None:
+    """Return when every program of these sizes is in the store; processes that want the same compile it once. On CPU.
 
     Raises RuntimeError with the end of the compiler's log when it fails, TimeoutError after `timeout` seconds.
     """
@@ -65,13 +108,24 @@ def ensure(spec: Spec, sizes: Iterable[int], timeout: float, report: Callable[[d
         time.sleep(0.05)
 
 
-def compile_all(spec: Spec, programs: list[Any], deadline: float, report: Callable[[dict[str, Any]], None]) -> None:
-    """Compile in as many processes as there are cores."""
+def compile_all(
+    spec: Spec,
+    programs: Sequence[Program | None],
+    deadline: float,
+    report: Report,
+    environ: Mapping[str, str] | None = None,
+    jobs: int | None = None,
+) -> None:
+    """Compile in `jobs` processes, by default as many as there are cores and memory for. Raises as `ensure`.
+
+    environ: theirs; its JAX_PLATFORMS says for what is compiled, without it that is the CPU.
+    """
     if not programs:
         return
-    jobs = max(1, min(len(programs), len(os.sched_getaffinity(0))))
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu"} if environ is None else environ
+    jobs = min(len(programs), jobs or parallel(environ["JAX_PLATFORMS"]))
     parts = [programs[i::jobs] for i in range(jobs)]
-    compilers = [_Compiler(spec, part, report) for part in parts]
+    compilers = [_Compiler(spec, part, report, environ) for part in parts]
     try:
         for compiler in compilers:
             compiler.wait(deadline)
@@ -80,24 +134,42 @@ def compile_all(spec: Spec, programs: list[Any], deadline: float, report: Callab
             compiler.end()
 
 
+def parallel(platform: str) -> int:
+    """How many processes may compile at a time: no more than there are cores, nor than fit the memory that is free."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        cores = min(cores, int(lines["MemAvailable"].split()[0]) * 1024 // _MEMORY)
+    return max(1, cores if platform == "cpu" else min(cores, _GPU_JOBS))
+
+
+def device_kind(environ: Mapping[str, str]) -> str:
+    """Of the first device that a process with this environment finds, as programs are kept by. Raises RuntimeError."""
+    code = "import jax; d = jax.devices()[0]; print(d.platform if d.platform == 'cpu' else d.device_kind)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=dict(environ), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"no device of JAX_PLATFORMS={environ['JAX_PLATFORMS']}: {done.stderr.strip()[-300:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
 class _Compiler:
     """One process, which compiles `programs` one after another."""
 
-    def __init__(self, spec: Spec, programs: list[Any], report: Callable[[dict[str, Any]], None]) -> None:
-        environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        environ.pop("JAX_NUM_CPU_DEVICES", None)
+    def __init__(
+        self, spec: Spec, programs: Sequence[Program | None], report: Report, environ: Mapping[str, str]
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "moe_jax.warmup"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environ,
+            env={name: value for name, value in environ.items() if name != "JAX_NUM_CPU_DEVICES"},
             text=True,
         )
         assert self._process.stdin is not None
         order = {
             "spec": asdict(spec),
-            "programs": [{"kind": p.kind, "bucket": asdict(p.bucket), "ranks": p.ranks} for p in programs],
+            "programs": [describe(program) for program in programs],
         }
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(order) + "\n")
@@ -146,20 +218,57 @@ def main() -> None:
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     os.nice(NICE)
-    from moe_jax.distributed import set_cpu_devices
+    from moe_jax.distributed import pretend_gpus, set_cpu_devices
     from moe_jax.executables import Program
 
     spec = Spec(**(order["spec"] | {"config": EngineConfig(**order["spec"]["config"])}))
-    programs = [Program(p["kind"], Bucket(**p["bucket"]), p["ranks"]) for p in order["programs"]]
-    set_cpu_devices(max(p.ranks for p in programs))
+    programs = [
+        None if p["step"] == "load" else Program(p["step"], Bucket(**p["bucket"]), p["mesh"]) for p in order["programs"]
+    ]
+    most = max(1 if p is None else p.ranks for p in programs)
+    on_cpu = os.environ["JAX_PLATFORMS"] == "cpu"
+    (set_cpu_devices if on_cpu else pretend_gpus)(most)
     import jax
 
-    executables = spec.executables()
+    devices = sorted(jax.devices(), key=lambda d: d.process_index != jax.process_index())  # a real one first
+    executables = spec.executables("cpu" if on_cpu else devices[0].device_kind)
     for program in programs:
         begun = time.monotonic()
-        raw = executables.compile(program, jax.devices()[: program.ranks])
-        entry = {"step": program.kind, "bucket": asdict(program.bucket), "mesh": program.ranks, "bytes": len(raw)}
-        print(json.dumps(entry | {"seconds": round(time.monotonic() - begun, 3), "cached": False}), flush=True)
+        if program is None:
+            size = _load_nothing(spec, executables, devices[0])
+        else:
+            size = len(executables.compile(program, sorted(devices[: program.ranks], key=lambda d: d.id)))
+        seconds = round(time.monotonic() - begun, 3)
+        print(json.dumps(describe(program) | {"bytes": size, "seconds": seconds, "cached": False}), flush=True)
+
+
+def _load_nothing(spec: Spec, executables: Executables, device: Any) -> int:
+    """Load a rank's parameters, all zeros, so that every small program which that takes is compiled; their bytes."""
+    import numpy as np
+
+    from moe_jax.checkpoint import open_checkpoint
+    from moe_jax.dummy_checkpoint import DummyCheckpoint
+    from moe_jax.engine import Engine
+
+    checkpoint = open_checkpoint(spec.path, spec.load_format)  # type: ignore[arg-type]
+    model = checkpoint.config
+    slots = np.zeros((model.num_moe_layers, 1, spec.config.slots_for(model.num_experts)), np.int32)
+    empty = checkpoint if isinstance(checkpoint, DummyCheckpoint) else _Zeros(checkpoint)
+    Engine(empty, spec.config, [device], slots, executables).prime()
+    executables.note_small()
+    return sum(executables.store.look(key)[1] for key in executables.store.needs(executables.loading) or ())
+
+
+class _Zeros:
+    """A checkpoint of the same shapes and types as another, of which nothing is read."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.config, self.dtype = checkpoint.config, checkpoint.dtype
+
+    def read(self, path: tuple[Any, ...], param: Param, layer: int, expert: int | None) -> np.ndarray:
+        import numpy as np
+
+        return np.zeros(param.shape, self.dtype(path, param, layer))
 
 
 def _end_with_stdin() -> None:

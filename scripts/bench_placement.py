@@ -20,49 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_jax import placement
-
-LOADS = ("equal", "uniform", "zipf", "lognormal")
-
-
-def make_load(kind: str, num_layers: int, num_experts: int, seed: int = 0) -> np.ndarray:
-    """Load [layers, experts], every layer drawn or shuffled on its own. kind: one of LOADS."""
-    random, shape = np.random.default_rng(seed), (num_layers, num_experts)
-    match kind:
-        case "equal":
-            return np.ones(shape)
-        case "uniform":
-            return random.random(shape)
-        case "zipf":
-            return random.permuted(np.tile(1 / np.arange(1, num_experts + 1), (num_layers, 1)), axis=1)
-        case "lognormal":
-            return random.lognormal(size=shape)
-    raise ValueError(f"load: found {kind!r}, expected one of {LOADS}")
-
-
-def eplb(load: np.ndarray, ranks: int, slots: int) -> np.ndarray:
-    """A placement [layers, ranks, slots] by the idea of DeepSeek's EPLB (github.com/deepseek-ai/EPLB), without groups.
-
-    Every expert has one replica; each further slot goes to the expert whose replicas carry the most. Replicas then go,
-    the heaviest first, to the rank with the least load that still has a slot. Nothing keeps replicas of one expert
-    apart. load [layers, experts].
-    """
-    num_layers, num_experts = load.shape
-    layers = np.arange(num_layers)
-    count = np.ones(load.shape)
-    replica = np.tile(np.arange(num_experts), (num_layers, 1))
-    for _ in range(ranks * slots - num_experts):
-        expert = (load / count).argmax(1)
-        count[layers, expert] += 1
-        replica = np.column_stack([replica, expert])
-    weight = np.take_along_axis(load / count, replica, 1)
-    placed = np.full((num_layers, ranks, slots), -1, np.int32)
-    total, filled = np.zeros((num_layers, ranks)), np.zeros((num_layers, ranks), np.int64)
-    for i in np.argsort(-weight, axis=1, kind="stable").T:
-        rank = np.where(filled < slots, total, np.inf).argmin(1)
-        placed[layers, rank, filled[layers, rank]] = replica[layers, i]
-        total[layers, rank] += weight[layers, i]
-        filled[layers, rank] += 1
-    return placed
+from moe_jax.placement import LOADS, eplb, make_load
 
 
 def measure(rounds: int, call: Callable[..., Any], *arguments: Any) -> tuple[Any, str, str]:

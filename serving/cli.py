@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serving import plan_command, warmup_command
+from serving.credentials import add_client, add_credentials, add_server
+
 if TYPE_CHECKING:
     from moe_jax.batch import Counts
     from serving.options import Options
-
-from serving.credentials import add_client, add_credentials, add_server
 
 LLMFactory = Callable[..., Any]  # called as LLM is; returns a context manager that gives an Engine (moe_jax.batch)
 
@@ -579,6 +580,30 @@ def run_key(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     return 0
 
 
+# -- plan -----------------------------------------------------------------------------------------------------------
+
+
+def run_plan(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    with _bad_input():
+        return plan_command.run(args)
+
+
+# -- warmup ---------------------------------------------------------------------------------------------------------
+
+
+def configure_warmup(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    warmup_command.configure(parser)
+
+
+def run_warmup(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    try:
+        with _bad_input():
+            return warmup_command.run(args, llm_options(args))
+    except (RuntimeError, TimeoutError) as error:
+        raise Failure(str(error)) from error
+
+
 def _natural(text: str) -> int:
     value = int(text)
     if value < 0:
@@ -604,6 +629,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("health", "Say whether new requests are served.", configure_health, run_health),
     Command("drain", "Move a host's requests to others and let it leave.", configure_drain, run_drain),
     Command("key", "Draw an API key.", configure_key, run_key),
+    Command("plan", "Place experts, and say what the placement survives.", plan_command.configure, run_plan),
+    Command("warmup", "Compile what a cluster and its losses need.", configure_warmup, run_warmup),
     Command("convert", "Write a serving checkpoint of a model.", configure_convert, run_convert),
 )
 

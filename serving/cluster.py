@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, combinations
@@ -19,7 +20,7 @@ from moe_jax.scheduler import Limits
 from serving.environment import Platform
 from serving.membership import Rules, Slots
 
-_KEPT = 4096  # repairs at hand
+_KEPT = 64 << 20  # bytes of repairs at hand
 
 
 @dataclass(frozen=True)
@@ -37,30 +38,44 @@ class Cluster:
 
 
 class Repairs:
-    """placement.repair, with the answers for the losses of any one or two hosts worked out before they happen."""
+    """placement.repair, with the answers for the losses of any one or two hosts worked out before they happen, as far
+    as they fit a bound: with a thousand hosts these would be half a million."""
 
     def __init__(self, hosts: Sequence[str], num_experts: int) -> None:
         self._hosts, self._num_experts = hosts, num_experts
-        self._known: dict[tuple[bytes, tuple[int, ...]], Slots | None] = {}
-        self._coming: Iterator[tuple[Slots, tuple[int, ...]]] = iter(())
+        self._slots = b""  # of the epoch that serves: for others nothing is kept
+        self._known: dict[tuple[int, ...], Slots | None] = {}
+        self._coming: Iterator[tuple[int, ...]] = iter(())
+        self._serving: Slots | None = None
 
     def __call__(self, slots: Slots, ranks: Sequence[int]) -> Slots | None:
-        key = slots.tobytes(), tuple(ranks)
-        if key not in self._known:
-            self._known[key] = placement.repair(slots, ranks, self._hosts, self._num_experts)
-        return self._known[key]
+        known = self._known if slots is self._serving or slots.tobytes() == self._slots else {}
+        key = tuple(ranks)
+        return known[key] if key in known else placement.repair(slots, ranks, self._hosts, self._num_experts)
 
     def expect(self, slots: Slots, ranks: Sequence[int]) -> None:
         """`ranks` serve now, with these slots. What was worked out for others is forgotten."""
         self._known.clear()
+        self._serving, self._slots = slots, slots.tobytes()
         hosts = sorted({self._hosts[r] for r in ranks})
         losses = chain.from_iterable(combinations(hosts, count) for count in (1, 2) if count < len(hosts))
-        self._coming = ((slots, tuple(r for r in sorted(ranks) if self._hosts[r] not in lost)) for lost in losses)
+        self._coming = (tuple(r for r in sorted(ranks) if self._hosts[r] not in lost) for lost in losses)
 
     def work(self) -> None:
         """One answer more; milliseconds at most. To be called now and then."""
-        if len(self._known) < _KEPT and (asked := next(self._coming, None)):
-            self(*asked)
+        if self._serving is not None and (len(self._known) + 1) * len(self._slots) <= _KEPT:
+            ranks = next(self._coming, None)
+            if ranks is not None:
+                self._known[ranks] = self(self._serving, ranks)
+
+
+def sizes_after(hosts: Sequence[str], lost: int) -> set[int]:
+    """How many ranks can be left when so many hosts are lost, whichever they are. hosts: the label of each rank."""
+    ranks = [{0}]  # by the number of hosts: how many ranks so many of those seen so far can have
+    for size in Counter(hosts).values():
+        more = [set(), *({n + size for n in sums} for sums in ranks)]
+        ranks = [a | b for a, b in zip([*ranks, set()], more, strict=True)]
+    return {len(hosts) - n for n in ranks[lost]} if lost < len(ranks) else set()
 
 
 def make_cluster(

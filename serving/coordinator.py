@@ -164,6 +164,11 @@ class Coordinator:
         for service in list(self._services.values()):
             service.close()
 
+    @property
+    def recoveries(self) -> Sequence[m.Recovery]:
+        """How the last epochs came to be; times as time.monotonic."""
+        return self._membership.recoveries
+
     # Requests
 
     @property
@@ -548,7 +553,7 @@ class Coordinator:
         return sorted(range(max(1, first - 2), most + 1), key=lambda size: (abs(size - first), -size))
 
     def _announce(self, epoch: m.Epoch, shrink: bool, leavers: Sequence[int], now: float) -> None:
-        nodes = self._nodes[epoch.generation]
+        node = {rank: i for i, rank in enumerate(self._nodes[epoch.generation])}
         body = {
             "type": "epoch",
             "number": epoch.number,
@@ -557,7 +562,7 @@ class Coordinator:
             "slots": epoch.slots.tolist(),
             "shrink": shrink,
             "bell": self.router.next_bell(),
-            "ahead": [(order, [nodes.index(r) for r in order]) for order in self._membership.ahead()],
+            "ahead": [(order, [node[r] for r in order]) for order in self._membership.ahead()],
         }
         frame = encode(body)
         members = dict(zip(epoch.order, epoch.incarnations, strict=True))

@@ -51,6 +51,7 @@ def serve(rank: int, channel: Channel, inbox: Inbox) -> None:
     engine = Engine(checkpoint, config, [device], slots, programs)
     engine.prime()
     loaded = time.monotonic()
+    programs.note_small()
     ahead.first(jax.devices(), device)
     seconds = {"join": joined - begun, "load": loaded - joined, "compile": time.monotonic() - loaded}
     loop = EngineLoop(engine, client, start["address"], start["rank"], send)

@@ -27,6 +27,7 @@ incarnation is in no later epoch, and what it still says changes nothing.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+_MOST_AHEAD = 32  # hosts
 Slots = np.ndarray  # int32 [layers, num_ranks, S]: logical experts, -1: empty; rows of absent ranks are all -1
 State = Literal["STARTING", "SERVING", "RECOVERING", "UNSERVABLE", "DRAINING"]
 
@@ -208,36 +210,51 @@ class StateChange(Action):
 
 
 class Timers:
-    """What is waited for, and until when. Keys are (kind, *which)."""
+    """What is waited for, and until when. Keys are (kind, *which). A thousand may run, and most are started again
+    before they end: the heap keeps the old ends until they have passed."""
 
     def __init__(self) -> None:
-        self._waits: dict[tuple[Any, ...], tuple[float, float]] = {}  # key → (deadline, seconds)
+        self._waits: dict[str, dict[tuple[Any, ...], tuple[float, float, int]]] = {}  # → (deadline, seconds, number)
+        self._ends: list[tuple[float, float, int, tuple[Any, ...]]] = []  # a heap; numbers tell what is still meant
+        self._number = 0
 
     def start(self, seconds: float, now: float, *key: Any) -> None:
-        self._waits[key] = (now + seconds, seconds)
+        self._number += 1
+        wait = now + seconds, seconds, self._number
+        self._waits.setdefault(key[0], {})[key] = wait
+        heapq.heappush(self._ends, (*wait, key))
 
-    def running(self, *prefix: Any) -> bool:
-        return any(key[: len(prefix)] == prefix for key in self._waits)
+    def running(self, kind: str, *which: Any) -> bool:
+        waits, prefix = self._waits.get(kind, {}), (kind, *which)
+        return bool(waits) and (not which or prefix in waits or any(key[: len(prefix)] == prefix for key in waits))
 
-    def stop(self, *prefix: Any) -> None:
-        self._waits = {key: wait for key, wait in self._waits.items() if key[: len(prefix)] != prefix}
+    def stop(self, kind: str, *which: Any) -> None:
+        waits, prefix = self._waits.get(kind, {}), (kind, *which)
+        if waits.pop(prefix, None) is None and waits:
+            self._waits[kind] = {key: wait for key, wait in waits.items() if key[: len(prefix)] != prefix}
 
     def keep(self, *kinds: str) -> None:
-        self._waits = {key: wait for key, wait in self._waits.items() if key[0] in kinds}
+        self._waits = {kind: waits for kind, waits in self._waits.items() if kind in kinds}
 
     def expired(self, now: float) -> Iterator[tuple[Any, ...]]:
         """Take out what has ended, earliest first. Timers may be started and stopped meanwhile."""
         while self.due <= now:
-            key = min(self._waits, key=lambda key: self._waits[key])
-            del self._waits[key]
+            key = heapq.heappop(self._ends)[3]
+            del self._waits[key[0]][key]
             yield key
 
     def restart(self, now: float) -> None:
-        self._waits = {key: (now + seconds, seconds) for key, (_, seconds) in self._waits.items()}
+        for key, (_, seconds, _) in [item for waits in self._waits.values() for item in waits.items()]:
+            self.start(seconds, now, *key)
 
     @property
     def due(self) -> float:
-        return min((deadline for deadline, _ in self._waits.values()), default=float("inf"))
+        while self._ends:
+            deadline, _, number, key = self._ends[0]
+            if self._waits.get(key[0], {}).get(key, (0.0, 0.0, 0))[2] == number:
+                return deadline
+            heapq.heappop(self._ends)
+        return float("inf")
 
 
 @dataclass
@@ -349,19 +366,22 @@ class Membership:
         return self._timers.due
 
     def ahead(self) -> list[tuple[int, ...]]:
-        """The orders of the meshes that the loss of one host would leave, for engines to make ready."""
+        """The orders of the meshes that the loss of one host would leave, for engines to make ready. None where there
+        are many hosts: few of those meshes could be made ready, and hardly the right one."""
         hosts = self.rules.hosts
         present = dict.fromkeys(hosts[r] for r in self._members)
+        if len(present) > _MOST_AHEAD:
+            return []
         left = [[r for r in self._members if hosts[r] != host] for host in present]
         orders = (self._unused_order(members, []) for members in left if members)
         return [order for order in orders if order is not None]
 
     def status(self) -> dict[str, Any]:
         """JSON-serialisable; `epoch` is the last announced, 0: none."""
-        ranks = []
+        ranks, serving = [], set() if self.epoch is None else set(self.epoch.incarnations)
         for rank, host in enumerate(self.rules.hosts):
             worker = self._workers.get(rank)
-            live = worker is not None and self.epoch is not None and worker.incarnation in self.epoch.incarnations
+            live = worker is not None and worker.incarnation in serving
             state = "lost" if worker is None else "live" if live else "joining"
             incarnation = worker.incarnation if worker else self._dismissed.get(rank)
             ranks.append({"rank": rank, "host": host, "state": state, "incarnation": incarnation})
@@ -395,8 +415,9 @@ class Membership:
             late = self._dismissed.get(rank) == incarnation
             return [Dismiss(rank, incarnation, "this incarnation was lost")] if late else []
         self._timers.start(self.rules.heartbeat_timeout_s, now, "heartbeat", rank)
-        if stopped:
-            self._lose({rank: "its engine is stopped"}, now)
+        if not stopped:
+            return []  # thousands come in a second
+        self._lose({rank: "its engine is stopped"}, now)
         return self._advance(now)
 
     def lost(self, rank: int, incarnation: int, evidence: str, now: float, host: bool = False) -> list[Action]:
@@ -438,8 +459,9 @@ class Membership:
             self._entering.remove(rank)
             if self._recovery:
                 self._recovery.entered[rank] = now
-            if not self._entering:
-                self._serve(epoch, now)
+            if self._entering:
+                return []
+            self._serve(epoch, now)
         return self._advance(now)
 
     def failed(self, rank: int, incarnation: int, number: int, now: float) -> list[Action]:
@@ -793,7 +815,7 @@ class Membership:
             self._commit("restore", self._members, [], self._target, now)
 
     def _joiners(self) -> list[int]:
-        told = (*self._members, *self._leaving)
+        told = {*self._members, *self._leaving}
         return [r for r in sorted(self._workers) if self._workers[r].stage == "ready" and r not in told]
 
     def _outsiders(self) -> list[int]:
@@ -837,10 +859,11 @@ class Membership:
         if order is None:
             return self._gather_again(f"every order of ranks {sorted([*members, *joiners])} has been used", now)
         slots = np.array(slots, np.int32)
-        slots[:, [r for r in range(self.rules.num_ranks) if r not in order]] = -1
+        slots[:, sorted(set(range(self.rules.num_ranks)) - set(order))] = -1
         slots.flags.writeable = False
         self._number += 1
-        nodes = tuple(self._nodes.index(r) for r in order)
+        node = {r: i for i, r in enumerate(self._nodes)}
+        nodes = tuple(node[r] for r in order)
         self._pending = Epoch(self._number, self.generation, order, self._incarnations(order), nodes, slots)
         self._cause, self._target, self._tried = cause, None, None
         self._timers.stop("prefetch")

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_jax.small import Call, direct
 
-def prepare(weights: jax.Array) -> jax.Array:
+
+def prepare(weights: jax.Array, call: Call = direct) -> jax.Array:
     """Expert weights as the tiled version wants them, donated. On CPU bfloat16 becomes its bits in uint16: XLA there
     (seen in jax 0.10.2) would widen the whole stack in every step before it cuts a slot out, but leaves integers be."""
-    on_cpu = next(iter(weights.devices())).platform == "cpu"
-    return _to_bits(weights) if on_cpu and weights.dtype == jnp.bfloat16 else weights
+    device = next(iter(weights.devices()))
+    return call(_to_bits, device, weights) if device.platform == "cpu" and weights.dtype == jnp.bfloat16 else weights
 
 
 @partial(jax.jit, donate_argnums=0)

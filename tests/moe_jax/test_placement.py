@@ -1,4 +1,5 @@
-from itertools import combinations
+import json
+from itertools import combinations, combinations_with_replacement
 
 import numpy as np
 import pytest
@@ -6,8 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_jax import placement
-from moe_jax.placement import plan, primaries, repair, restore, routing
-from scripts.bench_placement import LOADS, eplb, make_load
+from moe_jax.placement import LOADS, eplb, make_load, measures, plan, primaries, repair, restore, routing
 
 ONE_EACH = [f"host{i:02}" for i in range(32)]
 
@@ -138,6 +138,23 @@ def test_any_lost_hosts_below_replication_leave_every_expert_alive(data):
                 on_host = (placed[layer][np.array(hosts) == hosts[rank]] == expert).any()
                 assert expert in placed[layer, rank] or (on_host and not everywhere[layer, expert])
     assert (placed == plan(2, num_experts, hosts, slots, replication, load, scatter)).all()
+
+
+def test_the_promise_in_every_small_cluster():
+    """Every number of experts up to 4, every sizes of up to 4 hosts of 1 or 2 ranks, every replication, the fewest
+    slots that can keep the promise and one more: every set of replication - 1 hosts."""
+    tried = 0
+    for num_hosts in range(1, 5):
+        for sizes in combinations_with_replacement((1, 2), num_hosts):
+            for num_experts in range(1, 5):
+                for replication in range(1, num_hosts + 1):
+                    slots = next(s for s in range(1, 9) if fits(num_experts, sizes, s, replication))
+                    for more in (0, 1):
+                        for scatter in (None, *range(replication - 1, num_hosts)):
+                            placed = plan(1, num_experts, hosts_of(sizes), slots + more, replication, None, scatter)
+                            assert survives_all(placed, hosts_of(sizes), num_experts, replication - 1)
+                            tried += 1
+    assert tried == 1000
 
 
 @settings(max_examples=30, deadline=None)
@@ -396,6 +413,42 @@ def test_ranks_and_hosts_must_fit_the_placement():
         restore(slots, [0, 2], list("ab"), 4, 2)
 
 
+# rebalance -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(damaged(), st.integers(1, 4), st.data())
+def test_rebalance_keeps_what_is_promised_and_makes_nothing_worse(case, replication, data):
+    slots, ranks, hosts, num_experts = case
+    load = data.draw(loads(2, num_experts))
+    load = np.ones((2, num_experts)) if load is None else load
+    before, given_ = alone(slots, ranks), slots.copy()
+    after = placement.rebalance(slots, ranks, hosts, num_experts, replication, load)
+    assert (slots == given_).all() and after.shape == slots.shape
+    assert (np.delete(after, ranks, axis=1) == -1).all()
+    on = np.minimum(holders(after, hosts, num_experts).sum(2), replication)
+    assert (on >= np.minimum(holders(before, hosts, num_experts).sum(2), replication)).all()
+    if ranks:
+        was, now = (placement.imbalance(p, ranks, load, num_experts) for p in (before, after))
+        assert now <= was + 1e-9 or np.isnan(was)
+        if was <= 1.2 and placement.replicas(before[:, ranks], num_experts).min() > 0 and len(slots) == 1:
+            assert (after == before).all()
+
+
+@pytest.mark.parametrize("kind", ["uniform", "zipf", "lognormal"])
+def test_rebalance_follows_a_load_that_drifts_with_few_moves(kind):
+    load = make_load(kind, 20, 256)
+    placed = plan(20, 256, ONE_EACH, 18, 2, load)
+    drifted = load * np.random.default_rng(0).lognormal(0, 1.0, load.shape)
+    after = placement.rebalance(placed, range(32), ONE_EACH, 256, 2, drifted)
+    assert placement.imbalance(placed, range(32), drifted, 256) > 1.25
+    assert placement.imbalance(after, range(32), drifted, 256) < 1.2
+    assert placement.moves(placed, after) < 0.15 * placed.size
+    assert placement.survivable_host_losses(after, ONE_EACH, 256) == 1
+    again = placement.rebalance(after, range(32), ONE_EACH, 256, 2, drifted)
+    assert (again == after).all()
+
+
 # measures ------------------------------------------------------------------------------------------------------------
 
 
@@ -420,7 +473,7 @@ def test_fatal_probability_by_sampling(monkeypatch):
     placed = plan(4, 64, ONE_EACH, 4, 2, scatter=3)
     exact, error = placement.fatal_probability(placed, ONE_EACH, 64, 3)
     assert error == 0
-    monkeypatch.setattr(placement, "MOST_SETS", 100)
+    monkeypatch.setattr(measures, "MOST_SETS", 100)
     estimate, error = placement.fatal_probability(placed, ONE_EACH, 64, 3)
     assert 0 < error < 0.01 and abs(estimate - exact) < 5 * error
     with pytest.raises(ValueError, match="k: found 33, expected 0 to 32"):
@@ -440,3 +493,68 @@ def test_imbalance_and_moves():
     assert placement.imbalance(slots, [1], load, 3) == pytest.approx(1)
     assert placement.imbalance(slots, [0, 1], None, 3) == pytest.approx(1)
     assert placement.moves(slots, np.array([[[0, 2], [-1, 2]]], np.int32)) == 1
+
+
+# report and loads ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(clusters(), st.data())
+def test_a_report_agrees_with_enumeration(case, data):
+    num_experts, hosts, slots, replication = case
+    names = sorted(set(hosts))
+    placed = plan(2, num_experts, hosts, slots, replication)
+    losses = range(1, len(names))
+    found = placement.report(placed, hosts, num_experts, None, losses, racks=hosts)
+    assert found.survivable_host_losses == found.survivable_rack_losses >= replication - 1
+    assert found.single == (holders(placed, hosts, num_experts).sum(2) == 1).sum()
+    assert [loss.lost for loss in found.losses] == [0, *losses]
+    for loss in found.losses:
+        assert loss.all_tried and loss.fatal == loss.fatal_racks and loss.fatal[1] == 0
+        loaded, full = [], 0
+        for lost in combinations(names, loss.lost):
+            ranks = [r for r, host in enumerate(hosts) if host not in lost]
+            full += len(ranks) * slots < num_experts
+            if len(ranks) * slots >= num_experts:
+                loaded.append(len(placement.missing(placed[:, ranks], num_experts)))
+        assert loss.unservable == pytest.approx(full / loss.tried)
+        assert loss.worst_loaded == max(loaded, default=0) and (loss.lost >= replication or loss.loaded == 0)
+        assert loss.worst_imbalance + 1e-9 >= loss.imbalance >= 1 - 1e-9
+
+
+def test_a_report_says_how_many_sets_it_tried():
+    placed = plan(2, 64, ONE_EACH, 4, 2)
+    loss = placement.report(placed, ONE_EACH, 64, losses=[16]).losses[1]
+    assert not loss.all_tried and loss.tried == 32 and loss.fatal[1] > 0
+
+
+def test_changes():
+    load = make_load("zipf", 4, 256)
+    placed = plan(4, 256, ONE_EACH, 18, 2, load)
+    under = placement.changes(placed, [7], ONE_EACH, 256, 2, load)
+    assert under.loaded == 0 and under.returned == 4 * 18 and under.survivable_host_losses == 1
+    lost = list(range(5))
+    beyond = placement.changes(placed, lost, ONE_EACH, 256, 2, load)
+    assert beyond.loaded == len(placement.missing(np.delete(placed, lost, axis=1), 256)) > 0
+    assert placement.changes(plan(1, 4, ["a", "b"], 2, 1), [0], ["a", "b"], 4, 1).survivable_host_losses == -1
+
+
+def test_loads_of_files(tmp_path):
+    load = make_load("uniform", 3, 5)
+    np.save(tmp_path / "load.npy", load)
+    (tmp_path / "load.json").write_text(json.dumps(load.tolist()))
+    (tmp_path / "object.json").write_text(json.dumps({"load": load.tolist()}))
+    (tmp_path / "load.csv").write_text("\n".join(",".join(map(repr, row)) for row in load.tolist()))
+    for path in tmp_path.iterdir():
+        assert (placement.read_load(path) == load).all()
+    for name, text in (("bad.json", "{}"), ("bad.csv", "1,2\n3"), ("bad.txt", "one two"), ("flat.json", "[1, 2]")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name}: .*layers, experts"):
+            placement.read_load(tmp_path / name)
+    with pytest.raises(ValueError, match="load: found 'none', expected one of"):
+        make_load("none", 1, 1)
+
+
+def test_eplb_needs_a_slot_for_each_expert():
+    with pytest.raises(ValueError, match="slots: found 4 in all, 2 a rank, expected at least 5"):
+        eplb(np.ones((1, 5)), 2, 2)

@@ -26,7 +26,8 @@ def executables(store: ProgramStore, kind: str = "cpu", **options: object) -> Ex
 def test_kept_and_found(tmp_path: Path) -> None:
     ProgramStore(tmp_path).put("k", b"program")
     assert ProgramStore(tmp_path).get("k") == b"program"
-    assert ProgramStore(tmp_path).has("k") and not ProgramStore(tmp_path).has("other")
+    assert ProgramStore(tmp_path).look("k") == ("present", 7)
+    assert ProgramStore(tmp_path).look("other") == ProgramStore(None).look("k") == ("missing", 0)
     assert ProgramStore(tmp_path).get("other") is None
     assert [p.name for p in tmp_path.iterdir()] == ["k.program"], "nothing half written is left"
 
