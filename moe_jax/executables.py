@@ -106,7 +106,7 @@ class Executables:
             if raw is None:
                 place = SingleDeviceSharding(device)
                 specs = [jax.ShapeDtypeStruct(shape, jnp.dtype(t), sharding=place) for shape, t in shapes]
-                raw = serialize_program(function.lower(*specs, **static))
+                raw = serialize_program(function.lower(*specs, **static), deterministic=True)
                 self.store.put(key, raw)
             self._small[key, device.id] = load_program(raw, [device])
         return self._small[key, device.id]([jax.device_put(a, device) for a in arguments])[0][0]
