@@ -101,20 +101,12 @@ def _library() -> ctypes.CDLL | None:
     for name in _TARGETS:
         function = getattr(library, f"moe_jax_{name}")
         jax.ffi.register_ffi_target(f"moe_jax_{name}", jax.ffi.pycapsule(function), platform="cpu")
-    library.moe_jax_set_threads(len(os.sched_getaffinity(0)))
     return library
 
 
 def available() -> bool:
     """Whether the kernels are here, compiled if need be; they may be called afterwards."""
     return _library() is not None
-
-
-def set_threads(count: int) -> None:
-    """How many threads of this process work on one operation. Results do not depend on it."""
-    library = _library()
-    if library is not None:
-        library.moe_jax_set_threads(count)
 
 
 # Operations

@@ -154,7 +154,7 @@ struct Attention {
 
 // Rows [0, decode) are entries of the same numbers; prefill rows come in tiles, up to tile number `tiles`.
 template <class X>
-void attend(const Attention<X>& a, int64_t decode, int64_t tiles) {
+void attend(Pool& pool, const Attention<X>& a, int64_t decode, int64_t tiles) {
   constexpr int64_t kRows = 64;  // neighbours of one sequence that visit its pages together
   struct Part {
     int64_t first, count, entry;
@@ -172,7 +172,7 @@ void attend(const Attention<X>& a, int64_t decode, int64_t tiles) {
     else
       parts.push_back({i * a.row_tile, a.row_tile, entry, true});
   }
-  Pool::get().run(static_cast<int64_t>(parts.size()) * a.kv_heads, [&](int64_t i) {
+  pool.run(static_cast<int64_t>(parts.size()) * a.kv_heads, [&](int64_t i) {
     const Part& part = parts[i / a.kv_heads];
     a.visit(part.first, part.count, part.entry, i % a.kv_heads, part.fresh);
   });

@@ -68,12 +68,12 @@ const float* prepare_rows(const X* x, int64_t m, int64_t k, const X* norm, float
 // y[m, b, n] = rms_norm(x[m, b, k]) @ w[b, k, n] + bias[n] + residual[m, n] for each b of the batch. Norm, bias and
 // residual may be null, and must be if the batch is more than 1.
 template <class X, class W, class Y>
-void dense(const X* x, int64_t m, int64_t batch, int64_t k, const W* w, int64_t n, const X* norm, float eps,
+void dense(Pool& pool, const X* x, int64_t m, int64_t batch, int64_t k, const W* w, int64_t n, const X* norm, float eps,
            const X* bias, const X* residual, Y* y) {
   constexpr int64_t kRows = 64, kColumns = 6 * kLanes;
   const float* input = prepare_rows(x, m, batch * k, norm, eps);
   const int64_t columns = (n + kColumns - 1) / kColumns, tiles = (m + kRows - 1) / kRows;
-  Pool::get().run(batch * columns * tiles, [&](int64_t task) {
+  pool.run(batch * columns * tiles, [&](int64_t task) {
     const int64_t i = task % tiles * kRows, j = task / tiles % columns * kColumns, b = task / tiles / columns;
     const int64_t height = std::min(kRows, m - i), width = std::min(kColumns, n - j), ldy = batch * n;
     const bool direct = std::is_same_v<Y, float> && bias == nullptr && residual == nullptr;

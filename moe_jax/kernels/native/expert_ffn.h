@@ -17,7 +17,7 @@ inline void swiglu(const float* gate_up, int64_t inner, float* y) {
 // x [m, hidden], slot [m, choices] of `slots`, or outside of them for none; gate_up [slots, hidden, 2 inner],
 // down [slots, inner, hidden]; y [m, choices, hidden], zeros where there is no slot.
 template <class X, class W>
-void expert_ffn(const X* x, const int32_t* slot, int64_t m, int64_t choices, int64_t hidden, const W* gate_up,
+void expert_ffn(Pool& pool, const X* x, const int32_t* slot, int64_t m, int64_t choices, int64_t hidden, const W* gate_up,
                 const W* down, int64_t slots, int64_t inner, X* y) {
   constexpr int64_t kRows = 32;  // of a part; in prefill one slot's rows keep several threads busy
   struct Part {
@@ -40,7 +40,7 @@ void expert_ffn(const X* x, const int32_t* slot, int64_t m, int64_t choices, int
     for (int64_t i = begin[s]; i < begin[s + 1]; i += kRows) parts.push_back({s, i, std::min(kRows, begin[s + 1] - i)});
   std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.count > b.count; });
 
-  Pool::get().run(static_cast<int64_t>(parts.size()), [&](int64_t i) {
+  pool.run(static_cast<int64_t>(parts.size()), [&](int64_t i) {
     const Part part = parts[i];
     float* rows = scratch(1, kRows * hidden);
     float* wide = scratch(2, kRows * 2 * inner);

@@ -32,55 +32,57 @@ const T* part(const AnyBuffer& x, int64_t index) {
 }
 
 template <class X, class W, class Y>
-ffi::Error run_dense(const AnyBuffer& x, const AnyBuffer& w, const AnyBuffer& norm, const AnyBuffer& bias,
+ffi::Error run_dense(moe::Pool pool, const AnyBuffer& x, const AnyBuffer& w, const AnyBuffer& norm, const AnyBuffer& bias,
                      const AnyBuffer& residual, int64_t layer, int64_t count, float eps, const AnyBuffer& y) {
   const auto shape = w.dimensions();
   const int64_t batch = shape[1], k = shape[2], n = shape[3], total = x.dimensions()[0];
   const int64_t m = std::clamp<int64_t>(count, 0, total);
   const X* added = residual.element_count() ? data<const X>(residual) : nullptr;
-  moe::dense(data<const X>(x), m, batch, k, part<W>(w, layer), n, part<X>(norm, layer), eps, part<X>(bias, layer), added,
+  moe::dense(pool, data<const X>(x), m, batch, k, part<W>(w, layer), n, part<X>(norm, layer), eps, part<X>(bias, layer), added,
              data<Y>(y));
   std::memset(static_cast<void*>(data<Y>(y) + m * batch * n), 0, (total - m) * batch * n * sizeof(Y));
   return ffi::Error::Success();
 }
 
 // x [T, B, K], w [L, B, K, N], norm [L, K], bias [L, N], residual [T, N], layer [], rows []: y [T, B, N].
-ffi::Error dense(AnyBuffer x, AnyBuffer w, AnyBuffer norm, AnyBuffer bias, AnyBuffer residual, AnyBuffer layer,
+ffi::Error dense(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer w, AnyBuffer norm, AnyBuffer bias, AnyBuffer residual, AnyBuffer layer,
                  AnyBuffer rows, Out y, float eps) {
   const int64_t l = number(layer), m = number(rows);
+  const moe::Pool pool(threads);
   if (x.dimensions().size() != 3 || w.dimensions().size() != 4) return wrong("shape of a dense layer's weights");
   if (is_f32(x) && is_f32(*y)) {
-    if (is_f32(w)) return run_dense<float, float, float>(x, w, norm, bias, residual, l, m, eps, *y);
-    if (is_bf16(w)) return run_dense<float, moe::bf16, float>(x, w, norm, bias, residual, l, m, eps, *y);
+    if (is_f32(w)) return run_dense<float, float, float>(pool, x, w, norm, bias, residual, l, m, eps, *y);
+    if (is_bf16(w)) return run_dense<float, moe::bf16, float>(pool, x, w, norm, bias, residual, l, m, eps, *y);
   } else if (is_bf16(x)) {
     using moe::bf16;
-    if (is_bf16(w) && is_bf16(*y)) return run_dense<bf16, bf16, bf16>(x, w, norm, bias, residual, l, m, eps, *y);
-    if (is_bf16(w) && is_f32(*y)) return run_dense<bf16, bf16, float>(x, w, norm, bias, residual, l, m, eps, *y);
-    if (is_f32(w) && is_f32(*y)) return run_dense<bf16, float, float>(x, w, norm, bias, residual, l, m, eps, *y);
+    if (is_bf16(w) && is_bf16(*y)) return run_dense<bf16, bf16, bf16>(pool, x, w, norm, bias, residual, l, m, eps, *y);
+    if (is_bf16(w) && is_f32(*y)) return run_dense<bf16, bf16, float>(pool, x, w, norm, bias, residual, l, m, eps, *y);
+    if (is_f32(w) && is_f32(*y)) return run_dense<bf16, float, float>(pool, x, w, norm, bias, residual, l, m, eps, *y);
   }
   return wrong("types of a dense layer");
 }
 
 template <class X, class W>
-ffi::Error run_expert_ffn(const AnyBuffer& x, const AnyBuffer& slot, const AnyBuffer& gate_up, const AnyBuffer& down,
+ffi::Error run_expert_ffn(moe::Pool pool, const AnyBuffer& x, const AnyBuffer& slot, const AnyBuffer& gate_up, const AnyBuffer& down,
                           int64_t layer, const AnyBuffer& y) {
   const auto rows = slot.dimensions(), shape = down.dimensions();
-  moe::expert_ffn(data<const X>(x), data<const int32_t>(slot), rows[0], rows[1], shape[3], part<W>(gate_up, layer),
+  moe::expert_ffn(pool, data<const X>(x), data<const int32_t>(slot), rows[0], rows[1], shape[3], part<W>(gate_up, layer),
                   part<W>(down, layer), shape[1], shape[2], data<X>(y));
   return ffi::Error::Success();
 }
 
 // x [M, H], slot [M, C], gate_up [L, S, H, 2 I], down [L, S, I, H], layer []: y [M, C, H].
-ffi::Error expert_ffn(AnyBuffer x, AnyBuffer slot, AnyBuffer gate_up, AnyBuffer down, AnyBuffer layer, Out y) {
+ffi::Error expert_ffn(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer slot, AnyBuffer gate_up, AnyBuffer down, AnyBuffer layer, Out y) {
   const int64_t l = number(layer);
-  if (is_f32(x) && is_f32(down)) return run_expert_ffn<float, float>(x, slot, gate_up, down, l, *y);
-  if (is_f32(x) && is_bf16(down)) return run_expert_ffn<float, moe::bf16>(x, slot, gate_up, down, l, *y);
-  if (is_bf16(x) && is_bf16(down)) return run_expert_ffn<moe::bf16, moe::bf16>(x, slot, gate_up, down, l, *y);
+  const moe::Pool pool(threads);
+  if (is_f32(x) && is_f32(down)) return run_expert_ffn<float, float>(pool, x, slot, gate_up, down, l, *y);
+  if (is_f32(x) && is_bf16(down)) return run_expert_ffn<float, moe::bf16>(pool, x, slot, gate_up, down, l, *y);
+  if (is_bf16(x) && is_bf16(down)) return run_expert_ffn<moe::bf16, moe::bf16>(pool, x, slot, gate_up, down, l, *y);
   return wrong("types of the experts");
 }
 
 template <class X>
-ffi::Error run_attend(const AnyBuffer& q, const AnyBuffer& new_k, const AnyBuffer& new_v, const AnyBuffer& k,
+ffi::Error run_attend(moe::Pool pool, const AnyBuffer& q, const AnyBuffer& new_k, const AnyBuffer& new_v, const AnyBuffer& k,
                       const AnyBuffer& v, int64_t layer, const AnyBuffer& position, const AnyBuffer& tables,
                       const AnyBuffer& start, const AnyBuffer& first_row, const AnyBuffer& tile_entry, int64_t decode,
                       int64_t tiles, int64_t row_tile, const AnyBuffer& out) {
@@ -97,19 +99,19 @@ ffi::Error run_attend(const AnyBuffer& q, const AnyBuffer& new_k, const AnyBuffe
   a.latent = v.element_count() == 0;
   a.out = data<X>(out);
   std::memset(static_cast<void*>(a.out), 0, out.size_bytes());
-  moe::attend(a, decode, tiles);
+  moe::attend(pool, a, decode, tiles);
   return ffi::Error::Success();
 }
 
 // q [T, heads, D], new k [T, kv, D] and v [T, kv, V], cache k [L, pages, kv, D, P] and v [L, pages, kv, P, V], both v
 // of no elements for latent attention, layer [], position [T], tables [E, N], start [E], first row [E],
 // entry of each tile [T / row_tile], decode rows [], tiles []: out [T, heads, V].
-ffi::Error attend(AnyBuffer q, AnyBuffer new_k, AnyBuffer new_v, AnyBuffer k, AnyBuffer v, AnyBuffer layer,
+ffi::Error attend(ffi::ThreadPool threads, AnyBuffer q, AnyBuffer new_k, AnyBuffer new_v, AnyBuffer k, AnyBuffer v, AnyBuffer layer,
                   AnyBuffer position, AnyBuffer tables, AnyBuffer start, AnyBuffer first_row, AnyBuffer tile_entry,
                   AnyBuffer decode, AnyBuffer tiles, Out out, int64_t row_tile) {
   const auto run = is_f32(q) ? run_attend<float> : run_attend<moe::bf16>;
   if (q.element_type() != k.element_type() || !(is_f32(q) || is_bf16(q))) return wrong("types of attention");
-  return run(q, new_k, new_v, k, v, number(layer), position, tables, start, first_row, tile_entry, number(decode),
+  return run(moe::Pool(threads), q, new_k, new_v, k, v, number(layer), position, tables, start, first_row, tile_entry, number(decode),
              number(tiles), row_tile, *out);
 }
 
@@ -118,9 +120,7 @@ ffi::Error attend(AnyBuffer q, AnyBuffer new_k, AnyBuffer new_v, AnyBuffer k, An
 #define ARG Arg<AnyBuffer>()
 #define ARGS5 ARG.ARG.ARG.ARG.ARG
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_dense, dense,
-                              ffi::Ffi::Bind().ARGS5.ARG.ARG.Ret<AnyBuffer>().Attr<float>("eps"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_expert_ffn, expert_ffn, ffi::Ffi::Bind().ARGS5.Ret<AnyBuffer>());
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.ARG.ARG.Ret<AnyBuffer>().Attr<float>("eps"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_expert_ffn, expert_ffn, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.Ret<AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_attend, attend,
-                              ffi::Ffi::Bind().ARGS5.ARGS5.ARG.ARG.ARG.Ret<AnyBuffer>().Attr<int64_t>("row_tile"));
-
-extern "C" void moe_jax_set_threads(int n) { moe::Pool::get().set_threads(n); }
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.ARGS5.ARG.ARG.ARG.Ret<AnyBuffer>().Attr<int64_t>("row_tile"));
