@@ -30,7 +30,7 @@ from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs
 from moe_jax.model import Run, forward, logits
 from moe_jax.moe import AXIS, Dispatch
 from moe_jax.params import stacked_shapes
-from moe_jax.sampling import log_softmax, sample
+from moe_jax.sampling import log_softmax, log_sum_exp, sample
 
 
 class CompileCounter:
@@ -219,7 +219,8 @@ class Executables:
                 scores = logits(run, params, x, b.entries.num_tiles * engine.row_tile)
                 return agree(b.wish, x)[None], new, log_softmax(scores)[None]
             scores = logits(run, params, x[b.sample_row], b.num_sampled)
-            out = pack_output(agree(b.wish, x), sample(scores, b.sampling, b.want_top))
+            reduce = partial(native.log_sum_exp, rows=b.num_sampled) if run.kernels == "native" else log_sum_exp
+            out = pack_output(agree(b.wish, x), sample(scores, b.sampling, b.want_top, reduce))
             return out[None], new, scores[None] if engine.return_logits else None
 
         return step

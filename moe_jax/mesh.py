@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config import ModelConfig
+from moe_jax.distributed import make_global, put_global
 from moe_jax.moe import AXIS
 from moe_jax.params import describe
 
@@ -29,6 +30,14 @@ class ExpertMesh:
     @cached_property
     def mesh(self) -> Mesh:
         return Mesh(np.array(self.devices), (AXIS,))
+
+    @cached_property
+    def _shardings(self) -> dict[P, NamedSharding]:
+        return {spec: NamedSharding(self.mesh, spec) for spec in (SHARDED, STACKED, REPLICATED)}
+
+    def sharding(self, spec: P) -> NamedSharding:
+        """Of SHARDED, STACKED or REPLICATED arrays."""
+        return self._shardings[spec]
 
     @property
     def size(self) -> int:
@@ -46,19 +55,19 @@ class ExpertMesh:
 
     def global_shape(self, shape: tuple[int, ...], spec: P) -> tuple[int, ...]:
         """Of the array whose shards have this shape."""
-        axis = list(spec).index(AXIS) if AXIS in spec else None
-        return tuple(n * self.size if i == axis else n for i, n in enumerate(shape))
+        if AXIS not in spec:
+            return shape
+        axis = spec.index(AXIS)
+        return (*shape[:axis], shape[axis] * self.size, *shape[axis + 1 :])
 
     def assemble(self, shards: list[jax.Array], spec: P) -> jax.Array:
         """One global array of the local ranks' buffers, in order of `local`."""
-        shape = self.global_shape(shards[0].shape, spec)
-        return jax.make_array_from_single_device_arrays(shape, NamedSharding(self.mesh, spec), shards)
+        return make_global(self.global_shape(shards[0].shape, spec), self.sharding(spec), shards)
 
     def put(self, arrays: list[np.ndarray], spec: P) -> jax.Array:
         """Send one numpy array to each local rank."""
-        return self.assemble(
-            [jax.device_put(a, self.devices[i]) for a, i in zip(arrays, self.local, strict=True)], spec
-        )
+        shape = self.global_shape(arrays[0].shape, spec)
+        return put_global(shape, self.sharding(spec), arrays, [self.devices[i] for i in self.local])
 
     def shards(self, array: jax.Array) -> list[jax.Array]:
         """The local ranks' buffers, in order of `local`."""

@@ -100,12 +100,15 @@ class Layer:
         y = h @ self.params[name] + self.params.get(bias, 0)
         return y if residual is None else residual + y
 
-    def router(self, h: jax.Array) -> jax.Array:
-        """float32 [n, experts]."""
-        h = h.astype(jnp.float32)
+    def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The experts' input h [n, H], and its experts and their weights as `moe.route`."""
+        c = self.run.model
         if self.run.kernels == "native":
-            return native.dense(h, self.stacks["router"], self.index, self.rows)
-        return jnp.dot(h, self.params["router"], precision="highest")
+            s = self.stacks
+            return native.route(x, s["mlp_norm"], s["router"], s.get("router_bias"), self.index, self.rows, c)
+        h = rms_norm(x, self.params["mlp_norm"], c.rms_norm_eps)
+        logits = jnp.dot(h.astype(jnp.float32), self.params["router"], precision="highest")
+        return h, *route(c, logits, self.params.get("router_bias"))
 
     def by_head(self, x: jax.Array, name: str) -> jax.Array:
         """Each head's own product: [n, heads, out] of x [n, heads, in]."""
@@ -122,6 +125,10 @@ def project(p: Layer, x: jax.Array, turn: Turn) -> tuple[jax.Array, Cache]:
     """Scaled queries [n, heads, head_dim] and the rows' new keys and values, grouped-query attention."""
     c, n = p.run.model, x.shape[0]
     h = p.dense(x, "qkv", "attn_norm")
+    if p.run.kernels == "native":
+        norms = None if c.qk_norm == "none" else (p.stacks["q_norm"], p.stacks["k_norm"])
+        q, k, v = native.split_heads(h, norms, turn, p.index, p.rows, c)
+        return q, {"k": k, "v": v}
     q, k, v = jnp.split(h, [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim], axis=-1)
 
     def norm(a: jax.Array, name: str) -> jax.Array:
@@ -185,8 +192,7 @@ def layer(
         x = p.dense(a.reshape(x.shape[0], -1), "o", residual=x)
         if experts is None:
             return p.swiglu(x, norm="mlp_norm", residual=x)
-        h = rms_norm(x, p.params["mlp_norm"], c.rms_norm_eps)
-        ids, weights = route(c, p.router(h), p.params.get("router_bias"))
+        h, ids, weights = p.route(x)
         return p.swiglu(h, "shared_", residual=x) if c.shared_intermediate_size else x, h, ids, weights
 
     after = run.tiles(after_attention, e.num_tiles, x, a)

@@ -4,7 +4,8 @@ A sampled token is a function of the logits and of (seed, position): noise for e
 position, id), so it does not matter which rank samples, in which batch, or after which failure.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,8 +106,17 @@ def restrict(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
     return jnp.where(nucleus | (top_p >= 1)[:, None], logits, -jnp.inf)
 
 
-def sample(logits: jax.Array, p: SampleParams, want_top: jax.Array) -> Sampled:
-    """logits [S, V] float32; want_top: whether any row asked for its best tokens (zeros if not: they are costly)."""
+def log_sum_exp(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`row_argmax`, and log(sum(exp(row))) [S]."""
+    top = row_max(logits)
+    return row_argmax(logits), top + jnp.log(row_sum(jnp.exp(logits - top[:, None])))
+
+
+def sample(
+    logits: jax.Array, p: SampleParams, want_top: jax.Array, reduce: Callable[..., Any] = log_sum_exp
+) -> Sampled:
+    """logits [S, V] float32; want_top: whether any row asked for its best tokens (zeros if not: they are costly).
+    reduce: a version of `log_sum_exp`."""
     random = (p.temperature > 0).any()
     restricted = ((p.top_k > 0) | (p.top_p < 1)).any()
 
@@ -116,14 +126,14 @@ def sample(logits: jax.Array, p: SampleParams, want_top: jax.Array) -> Sampled:
         noisy = scaled + gumbel(p.seed, p.position, logits.shape[1])
         return row_argmax(jnp.where((p.temperature > 0)[:, None], noisy, logits))
 
-    token = lax.cond(random, draw, lambda: row_argmax(logits))
-    logprobs = log_softmax(logits)
-    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)[:, 0]
+    greedy, total = reduce(logits)
+    token = lax.cond(random, draw, lambda: greedy)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - total
     none = jnp.zeros((logits.shape[0], MAX_LOGPROBS))
 
     def best() -> tuple[jax.Array, jax.Array]:
-        values, ids = lax.top_k(logprobs, MAX_LOGPROBS)
-        return ids.astype(jnp.int32), values
+        values, ids = lax.top_k(logits, MAX_LOGPROBS)
+        return ids.astype(jnp.int32), values - total[:, None]
 
     top = lax.cond(want_top, best, lambda: (none.astype(jnp.int32), none))
     return Sampled(token, chosen, *top)

@@ -30,7 +30,7 @@ import numpy as np
 
 _SOURCES = Path(__file__).parent / "native"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-DNDEBUG")
-_TARGETS = ("dense", "expert_ffn", "attend")
+_TARGETS = ("dense", "expert_ffn", "attend", "split_heads", "route", "log_sum_exp")
 
 
 # Building
@@ -169,3 +169,52 @@ def attend(
         *(e.tables, e.start, e.first_row, e.tile_entry, e.num_decode, e.num_tiles),
         row_tile=np.int64(row_tile),
     )
+
+
+def split_heads(
+    x: jax.Array, norms: tuple[jax.Array, jax.Array] | None, turn: Any, layer: jax.Array, rows: jax.Array, c: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [T, heads, D], scaled, keys and values [T, kv_heads, D] of x [T, (heads + 2 kv_heads) D], normalised and
+    rotated as the ModelConfig says. norms: stacked weights of queries' and keys' norms; turn: `model.rotary`."""
+    n, none = x.shape[0], jnp.zeros(0, x.dtype)
+    heads = [jax.ShapeDtypeStruct((n, h, c.head_dim), x.dtype) for h in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+    cos, sin = (a.reshape(n, -1) for a in turn)
+    return jax.ffi.ffi_call("moe_jax_split_heads", heads)(  # type: ignore[return-value]
+        *(x, *(norms or (none, none)), cos, sin, layer, rows),
+        norm=np.int64({"none": 0, "head": 1, "full": 2}[c.qk_norm]),
+        eps=np.float32(c.rms_norm_eps),
+        clip=np.float32(c.clip_qkv or 0),
+        scale=np.float32(c.attention_scale),
+        interleaved=np.bool_(c.rope.interleaved),
+    )
+
+
+def route(
+    x: jax.Array,
+    norm: jax.Array,
+    router: jax.Array,
+    bias: jax.Array | None,
+    layer: jax.Array,
+    rows: jax.Array,
+    c: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """h = rms_norm(x) [T, H], and its experts and their weights [T, top_k] as `moe.route`. All weights are stacked."""
+    n = x.shape[0]
+    types = [jax.ShapeDtypeStruct(s, t) for s, t in ((x.shape, x.dtype), ((n, c.top_k), jnp.int32))]
+    types.append(jax.ShapeDtypeStruct((n, c.top_k), jnp.float32))
+    return jax.ffi.ffi_call("moe_jax_route", types)(  # type: ignore[return-value]
+        *(x, norm, router, jnp.zeros(0) if bias is None else bias, layer, rows),
+        eps=np.float32(c.rms_norm_eps),
+        groups=np.int64(c.num_groups),
+        top_groups=np.int64(c.top_groups),
+        sigmoid=np.bool_(c.scoring == "sigmoid"),
+        best_two=np.bool_(c.group_score != "max"),
+        normalize=np.bool_(c.normalize_weights),
+        scale=np.float32(c.routed_scale),
+    )
+
+
+def log_sum_exp(x: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The lowest index of each row's greatest number, int32 [T], and log(sum(exp(row))) [T], of x [T, N] float32."""
+    types = [jax.ShapeDtypeStruct(x.shape[:1], t) for t in (jnp.int32, jnp.float32)]
+    return jax.ffi.ffi_call("moe_jax_log_sum_exp", types)(x, rows)  # type: ignore[return-value]

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "dense.h"
 #include "expert_ffn.h"
+#include "rows.h"
 
 namespace ffi = xla::ffi;
 using ffi::AnyBuffer;
@@ -115,6 +116,64 @@ ffi::Error attend(ffi::ThreadPool threads, AnyBuffer q, AnyBuffer new_k, AnyBuff
              number(tiles), row_tile, *out);
 }
 
+template <class X>
+ffi::Error run_split_heads(moe::Pool pool, const AnyBuffer& x, const AnyBuffer& q_norm, const AnyBuffer& k_norm,
+                           const AnyBuffer& cos, const AnyBuffer& sin, int64_t layer, int64_t rows, moe::Heads h,
+                           const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v) {
+  h.queries = q.dimensions()[1], h.keys = k.dimensions()[1], h.dim = q.dimensions()[2];
+  for (const AnyBuffer* out : {&q, &k, &v}) std::memset(out->untyped_data(), 0, out->size_bytes());
+  const int64_t m = std::clamp<int64_t>(rows, 0, x.dimensions()[0]);
+  moe::split_heads(pool, data<const X>(x), m, h, part<X>(q_norm, layer), part<X>(k_norm, layer), data<const float>(cos),
+                   data<const float>(sin), data<X>(q), data<X>(k), data<X>(v));
+  return ffi::Error::Success();
+}
+
+// x [T, (heads + 2 kv) D], q norm and k norm [L, ...], cos and sin [T, D / 2], layer [], rows []: q [T, heads, D],
+// k and v [T, kv, D].
+ffi::Error split_heads(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer q_norm, AnyBuffer k_norm, AnyBuffer cos,
+                       AnyBuffer sin, AnyBuffer layer, AnyBuffer rows, Out q, Out k, Out v, int64_t norm, float eps,
+                       float clip, float scale, bool interleaved) {
+  const moe::Heads h{0, 0, 0, norm, eps, clip, scale, interleaved};
+  const auto run = is_f32(x) ? run_split_heads<float> : run_split_heads<moe::bf16>;
+  if (!(is_f32(x) || is_bf16(x)) || !is_f32(cos)) return wrong("types of a projection");
+  return run(moe::Pool(threads), x, q_norm, k_norm, cos, sin, number(layer), number(rows), h, *q, *k, *v);
+}
+
+template <class X>
+ffi::Error run_route(moe::Pool pool, const AnyBuffer& x, const AnyBuffer& norm, const AnyBuffer& router,
+                     const AnyBuffer& bias, int64_t layer, int64_t rows, float eps, moe::Router r, const AnyBuffer& h,
+                     const AnyBuffer& ids, const AnyBuffer& weights) {
+  for (const AnyBuffer* out : {&h, &ids, &weights}) std::memset(out->untyped_data(), 0, out->size_bytes());
+  const int64_t m = std::clamp<int64_t>(rows, 0, x.dimensions()[0]);
+  moe::route(pool, data<const X>(x), m, x.dimensions()[1], part<X>(norm, layer), eps, part<float>(router, layer),
+             part<float>(bias, layer), r, data<X>(h), data<int32_t>(ids), data<float>(weights));
+  return ffi::Error::Success();
+}
+
+// x [T, H], norm [L, H], router [L, H, E], bias [L, E], layer [], rows []: h [T, H], ids [T, C], weights [T, C].
+ffi::Error route(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer norm, AnyBuffer router, AnyBuffer bias,
+                 AnyBuffer layer, AnyBuffer rows, Out h, Out ids, Out weights, float eps, int64_t groups,
+                 int64_t top_groups, bool sigmoid, bool best_two, bool normalize, float scale) {
+  const int64_t experts = router.dimensions()[2], choices = ids->dimensions()[1];
+  const moe::Router r{experts, choices, groups, top_groups, sigmoid, best_two, normalize, scale};
+  const auto run = is_f32(x) ? run_route<float> : run_route<moe::bf16>;
+  if (!(is_f32(x) || is_bf16(x)) || !is_f32(router)) return wrong("types of a router");
+  if (groups < 1 || experts % groups || experts / groups < 1 + best_two || choices > experts)
+    return wrong("groups of experts");
+  return run(moe::Pool(threads), x, norm, router, bias, number(layer), number(rows), eps, r, *h, *ids, *weights);
+}
+
+// x [T, N], rows []: the best index [T], log of the sum of exponentials [T].
+ffi::Error log_sum_exp(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer rows, Out best, Out out) {
+  moe::Pool pool(threads);
+  const int64_t m = std::clamp<int64_t>(number(rows), 0, x.dimensions()[0]);
+  if (!is_f32(x)) return wrong("type of logits");
+  std::memset(best->untyped_data(), 0, best->size_bytes());
+  std::memset(out->untyped_data(), 0, out->size_bytes());
+  moe::log_sum_exp(pool, data<const float>(x), m, x.dimensions()[1], data<int32_t>(*best), data<float>(*out));
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #define ARG Arg<AnyBuffer>()
@@ -124,3 +183,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_dense, dense,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_expert_ffn, expert_ffn, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.Ret<AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_attend, attend,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.ARGS5.ARG.ARG.ARG.Ret<AnyBuffer>().Attr<int64_t>("row_tile"));
+#define RET Ret<AnyBuffer>()
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_split_heads, split_heads,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.ARG.ARG.RET.RET.RET.Attr<int64_t>("norm")
+                                  .Attr<float>("eps").Attr<float>("clip").Attr<float>("scale")
+                                  .Attr<bool>("interleaved"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_route, route,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.ARG.RET.RET.RET.Attr<float>("eps")
+                                  .Attr<int64_t>("groups").Attr<int64_t>("top_groups").Attr<bool>("sigmoid")
+                                  .Attr<bool>("best_two").Attr<bool>("normalize").Attr<float>("scale"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_log_sum_exp, log_sum_exp,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARG.ARG.RET.RET);
