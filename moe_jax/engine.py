@@ -263,6 +263,11 @@ class Engine:
             outputs = [np.asarray(shard)[0] for shard in out]  # blocks: errors surface here
             if any(output[3] != proof for output in outputs):
                 raise jax.errors.JaxRuntimeError(f"epoch {self.epoch}: a step's collectives were aborted")
+            if outputs[0][0] < 0:
+                raise RuntimeError(
+                    f"kernels: found {self.programs.engine.kernels} here and others on another rank, expected the same "
+                    "everywhere: the same moe-jax, C++ compiler and processor, or kernels='xla' on all ranks"
+                )
         except BaseException:
             for rank, plan in zip(self.ranks, plans, strict=True):
                 self._discard(rank, plan, bucket)

@@ -89,6 +89,11 @@ class Executables:
         kernels = native.identity() if self.engine.kernels == "native" else None
         return programs.key(self.kind, self.model, self.engine, types, program, kernels)
 
+    @property
+    def kernels_number(self) -> int:
+        """Ranks with the same kernels have the same: others would give a request other bits."""
+        return int(native.identity()[:7], 16) if self.engine.kernels == "native" else 0
+
     def missing(self, wanted: Sequence[Program]) -> list[Program]:
         """Those that are not in the store; damaged ones are removed from it."""
         return [p for p in wanted if self.store.get(self.key(p)) is None]
@@ -191,7 +196,7 @@ class Executables:
 
         def agree(wish: jax.Array, after: jax.Array) -> jax.Array:
             """wish [4]: the wanted level, the bells heard, the epoch known, and the proof. All get the greatest level
-            and the least of the others, what every rank has heard of.
+            and the least of the others, what every rank has heard of; level -1 if ranks run different kernels.
 
             This is the step's last collective, behind whatever `after` comes from. NCCL's, when it is aborted, leaves
             what was in its buffers and says nothing: so each rank puts the same number, another one in every step, in
@@ -200,9 +205,12 @@ class Executables:
                 return wish
             sign = jnp.array([1, -1, -1], wish.dtype)
             proofs = jnp.where(jnp.arange(mesh.size) == lax.axis_index(AXIS), wish[3], 0)
-            mine, _ = lax.optimization_barrier((jnp.concatenate([wish[:3] * sign, proofs]), after))
+            kernels = jnp.array([self.kernels_number, -self.kernels_number], wish.dtype)
+            mine, _ = lax.optimization_barrier((jnp.concatenate([wish[:3] * sign, kernels, proofs]), after))
             all_of_us = lax.pmax(mine, AXIS)
-            return jnp.append(all_of_us[:3] * sign, all_of_us[3:].min())
+            agreed = all_of_us[:3] * sign
+            agreed = agreed.at[0].set(jnp.where(all_of_us[3] == -all_of_us[4], agreed[0], -1))
+            return jnp.append(agreed, all_of_us[5:].min())
 
         @partial(jax.jit, keep_unused=True)
         @partial(

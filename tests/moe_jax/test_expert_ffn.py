@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.kernels import native
 from moe_jax.kernels.expert_ffn import expert_ffn, expert_ffn_reference, prepare
 
 M, C, S, H, INNER = 24, 3, 6, 64, 64
 VERSIONS = {"tiled": jax.jit(expert_ffn, static_argnames="tile")}
+if native.available():
+    VERSIONS["native"] = jax.jit(native.expert_ffn, static_argnames="tile")
 
 
 def weights(dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
@@ -55,12 +58,13 @@ def test_a_row_does_not_depend_on_the_others(version: str) -> None:
         np.testing.assert_array_equal(found[row], together[row])
 
 
-def test_bfloat16_bits_are_exact() -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_bfloat16_bits_are_exact(version: str) -> None:
     """A CPU keeps bfloat16 weights as their bits; widened they are the same numbers."""
     x = jax.random.normal(jax.random.key(3), (M, H))
     slot = jax.random.randint(jax.random.key(4), (M, C), -1, S)
     wide = [w.astype(jnp.float32) for w in weights("bfloat16")]
     bits = [prepare(w) for w in weights("bfloat16")]
     assert all(b.dtype == jnp.uint16 for b in bits)
-    run = VERSIONS["tiled"]
+    run = VERSIONS[version]
     np.testing.assert_array_equal(run(x, slot, *bits, jnp.int32(1), tile=8), run(x, slot, *wide, jnp.int32(1), tile=8))
