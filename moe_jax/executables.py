@@ -235,7 +235,7 @@ class Executables:
 
     def write(self, bucket: Bucket, mesh: ExpertMesh) -> Any:
         """(cache, new K/V rows, batch) -> cache. The cache is donated."""
-        layout = Layout(bucket, self.engine)
+        layout, native_kernels = Layout(bucket, self.engine), self.engine.kernels == "native"
 
         @partial(jax.jit, donate_argnums=0, keep_unused=True)
         @partial(
@@ -247,7 +247,7 @@ class Executables:
         )
         def write(cache: attention.Cache, new: attention.Cache, batch: jax.Array) -> attention.Cache:
             b = layout.unpack(batch[0])
-            return attention.write(cache, new, b.position, b.page)
+            return (native if native_kernels else attention).write(cache, new, b.position, b.page)
 
         return write
 

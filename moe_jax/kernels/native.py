@@ -30,7 +30,7 @@ import numpy as np
 
 _SOURCES = Path(__file__).parent / "native"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-DNDEBUG")
-_TARGETS = ("dense", "expert_ffn", "attend", "split_heads", "route", "log_sum_exp")
+_TARGETS = ("dense", "expert_ffn", "attend", "split_heads", "route", "log_sum_exp", "write_rows")
 
 
 # Building
@@ -218,3 +218,16 @@ def log_sum_exp(x: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The lowest index of each row's greatest number, int32 [T], and log(sum(exp(row))) [T], of x [T, N] float32."""
     types = [jax.ShapeDtypeStruct(x.shape[:1], t) for t in (jnp.int32, jnp.float32)]
     return jax.ffi.ffi_call("moe_jax_log_sum_exp", types)(x, rows)  # type: ignore[return-value]
+
+
+def write(
+    cache: dict[str, jax.Array], new: dict[str, jax.Array], position: jax.Array, page: jax.Array
+) -> dict[str, jax.Array]:
+    """As attention.write, in place where the cache is donated."""
+
+    def one(name: str) -> jax.Array:
+        result = jax.ShapeDtypeStruct(cache[name].shape, cache[name].dtype)
+        call = jax.ffi.ffi_call("moe_jax_write_rows", result, input_output_aliases={0: 0})
+        return call(cache[name], new[name], position, page, turned=np.bool_(name == "k"))  # type: ignore[return-value]
+
+    return {name: one(name) for name in cache}

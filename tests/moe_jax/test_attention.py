@@ -142,3 +142,23 @@ def test_prefilled_or_decoded(version: str, shape: str) -> None:
         for key, found in step(decode, prefill).items():
             if key in expected:
                 np.testing.assert_array_equal(found, expected[key], err_msg=f"{key} in {decode} {prefill}")
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_write(dtype: str, shape: str) -> None:
+    """New rows get to the same places, and those that are padding nowhere."""
+    s, rng = SHAPES[shape], np.random.default_rng(2)
+    cache = {name: a.astype(dtype) for name, a in Sequences(s).cache({0: 30, 2: 11}).items()}
+    new = {
+        name: jnp.array(rng.standard_normal((LAYERS, 9, s.kv_heads, dim)), dtype)
+        for name, dim in (("k", s.key_dim), ("v", s.value_dim))
+        if name in cache
+    }
+    position = jnp.array([0, 5, 17, 18, 19, 40, 41, 0, 0], jnp.int32)
+    page = jnp.array([3, 3, 7, 7, 8, 0, 1, -1, -1], jnp.int32)
+    expected = attention.write(cache, new, position, page)
+    found = jax.jit(native.write, donate_argnums=0)({n: jnp.array(a) for n, a in cache.items()}, new, position, page)
+    for name in cache:
+        np.testing.assert_array_equal(found[name].astype("float32"), expected[name].astype("float32"))

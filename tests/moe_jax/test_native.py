@@ -11,7 +11,6 @@ import pytest
 from moe_jax.config import ConfigError, ModelConfig, parse_hugging_face
 from moe_jax.executables import choose
 from moe_jax.kernels import native
-from moe_jax.llm import model_directory
 from moe_jax.model import rms_norm
 from moe_jax.moe import route
 from moe_jax.sampling import log_sum_exp

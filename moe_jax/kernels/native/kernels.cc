@@ -174,6 +174,29 @@ ffi::Error log_sum_exp(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer rows, Out
   return ffi::Error::Success();
 }
 
+// cache [L, pages, heads, D, P], or [L, pages, heads, P, D] if not turned, new [L, T, heads, D], position [T],
+// page [T]: the cache, which should be where the given one is.
+ffi::Error write_rows(ffi::ThreadPool threads, AnyBuffer cache, AnyBuffer fresh, AnyBuffer position, AnyBuffer page,
+                      Out out, bool turned) {
+  moe::Pool pool(threads);
+  const auto to = cache.dimensions(), from = fresh.dimensions();
+  if (out->untyped_data() != cache.untyped_data())
+    std::memcpy(out->untyped_data(), cache.untyped_data(), cache.size_bytes());
+  const int64_t size = turned ? to[4] : to[3];
+  const auto run = [&](auto type) {
+    using X = decltype(type);
+    moe::write_rows(pool, data<X>(*out), data<const X>(fresh), data<const int32_t>(position), data<const int32_t>(page),
+                    to[0], from[1], to[1], to[2], from[3], size, turned);
+  };
+  if (is_f32(cache) && is_f32(fresh))
+    run(float{});
+  else if (is_bf16(cache) && is_bf16(fresh))
+    run(moe::bf16{});
+  else
+    return wrong("types of a cache");
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #define ARG Arg<AnyBuffer>()
@@ -194,3 +217,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_route, route,
                                   .Attr<bool>("best_two").Attr<bool>("normalize").Attr<float>("scale"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_log_sum_exp, log_sum_exp,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARG.ARG.RET.RET);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_write_rows, write_rows,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARG.ARG.ARG.ARG.RET.Attr<bool>("turned"));

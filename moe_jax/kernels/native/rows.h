@@ -144,4 +144,24 @@ inline void log_sum_exp(Pool& pool, const float* x, int64_t m, int64_t n, int32_
   });
 }
 
+// Puts new rows [layers, m, heads, dim] at their positions of pages, cache [layers, pages, heads, dim, size], or
+// [layers, pages, heads, size, dim] if not `turned`. Rows whose page there is not are left out.
+template <class X>
+void write_rows(Pool& pool, X* cache, const X* fresh, const int32_t* position, const int32_t* page, int64_t layers,
+                int64_t m, int64_t pages, int64_t heads, int64_t dim, int64_t size, bool turned) {
+  pool.run(layers * heads, [&](int64_t task) {
+    const int64_t layer = task / heads, head = task % heads;
+    for (int64_t i = 0; i < m; ++i) {
+      if (page[i] < 0 || page[i] >= pages || position[i] < 0) continue;
+      const X* from = fresh + ((layer * m + i) * heads + head) * dim;
+      X* to = cache + ((layer * pages + page[i]) * heads + head) * dim * size;
+      const int64_t at = position[i] % size;
+      if (turned)
+        for (int64_t d = 0; d < dim; ++d) to[d * size + at] = from[d];
+      else
+        std::copy_n(from, dim, to + at * dim);
+    }
+  });
+}
+
 }  // namespace moe
