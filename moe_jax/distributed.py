@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import core
 from jax._src import array, compiler, distributed, xla_bridge
 from jax._src.lib import _jax, xla_client  # type: ignore[attr-defined]
 from jax.experimental.compilation_cache import compilation_cache
@@ -157,15 +158,15 @@ def load_program(program: bytes, devices: Sequence[jax.Device]) -> Loaded:
 
 def make_global(shape: tuple[int, ...], sharding: jax.sharding.Sharding, shards: list[jax.Array]) -> jax.Array:
     """As jax.make_array_from_single_device_arrays, unchecked: 3 us instead of 30 (0.10.2)."""
-    aval = jax.core.ShapedArray(shape, shards[0].dtype)
-    return array.ArrayImpl(aval, sharding, shards, committed=True, _skip_checks=True)
+    aval = core.ShapedArray(shape, shards[0].dtype)
+    return array.ArrayImpl(aval, sharding, shards, committed=True, _skip_checks=True)  # type: ignore[arg-type]
 
 
 def put_global(
     shape: tuple[int, ...], sharding: jax.sharding.Sharding, arrays: list[np.ndarray], devices: list[jax.Device]
 ) -> jax.Array:
     """The global array of this process's shards, each sent to its device: 10 us instead of 180 (0.10.2)."""
-    aval = jax.core.ShapedArray(shape, arrays[0].dtype)
+    aval = core.ShapedArray(shape, arrays[0].dtype)
     return xla_client.batched_device_put(aval, sharding, arrays, devices, True)
 
 
