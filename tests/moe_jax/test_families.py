@@ -74,6 +74,13 @@ def test_score_on_four_ranks(model: Path) -> None:
         np.testing.assert_array_equal(score(model, ranks=4, slots=slots), whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["xla", "reference"])
+@pytest.mark.parametrize("model", FIRST, indirect=True, ids=lambda c: "-".join(c))
+def test_score_without_native_kernels(model: Path, kernels: str) -> None:
+    np.testing.assert_allclose(score(model, kernels=kernels), oracle.logprobs(model, IDS), rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("family", oracle.VARIANTS)
 def test_fused_and_sharded_files_load_as_the_same_parameters(family: str, tmp_path: Path) -> None:
     plain = oracle.make(family, tmp_path / "plain")

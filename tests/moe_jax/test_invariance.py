@@ -124,3 +124,15 @@ def test_sampled_tokens_do_not_depend_on_company(one: Engine) -> None:
     assert len({tuple(t) for t in together.values()}) > 6, "different seeds give different texts"
     for r in requests[:3]:
         assert run(one, [r]) == {r.request_id: together[r.request_id]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_without_native_kernels(ranks: int) -> None:
+    """What a machine without a compiler runs keeps the same promise, with other bits."""
+    single = make_engine(ranks=1, kernels="xla")
+    for name, prompt in PROMPTS.items():
+        run(single, [request(name, prompt, TOKENS)])
+    engine = make_engine(ranks=ranks, kernels="xla")
+    run(engine, mixed())
+    same_bits({k: v for k, v in engine.logits.items() if k[0] in PROMPTS}, single.logits)

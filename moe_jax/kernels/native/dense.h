@@ -70,7 +70,7 @@ const float* prepare_rows(const X* x, int64_t m, int64_t k, const X* norm, float
 template <class X, class W, class Y>
 void dense(Pool& pool, const X* x, int64_t m, int64_t batch, int64_t k, const W* w, int64_t n, const X* norm, float eps,
            const X* bias, const X* residual, Y* y) {
-  constexpr int64_t kRows = 64, kColumns = 6 * kLanes;
+  constexpr int64_t kRows = 64, kColumns = 3 * kLanes;  // of a part: small enough to share out
   const float* input = prepare_rows(x, m, batch * k, norm, eps);
   const int64_t columns = (n + kColumns - 1) / kColumns, tiles = (m + kRows - 1) / kRows;
   pool.run(batch * columns * tiles, [&](int64_t task) {
