@@ -46,7 +46,7 @@ inline float dot(const float* x, const float* y, int64_t n) {
   return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-// Root mean square normalisation (Zhang and Sennrich 2019) of a row in place. X: what it and its weights are rounded to.
+// Root mean square normalisation (Zhang and Sennrich 2019) of a row in place. X: the type that results are rounded to.
 template <class X>
 void rms_norm(float* x, const X* weight, int64_t n, float eps) {
   const float scale = 1.0f / std::sqrt(dot(x, x, n) / static_cast<float>(n) + eps);

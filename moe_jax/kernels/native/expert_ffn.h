@@ -17,8 +17,8 @@ inline void swiglu(const float* gate_up, int64_t inner, float* y) {
 // x [m, hidden], slot [m, choices] of `slots`, or outside of them for none; gate_up [slots, hidden, 2 inner],
 // down [slots, inner, hidden]; y [m, choices, hidden], zeros where there is no slot.
 template <class X, class W>
-void expert_ffn(Pool& pool, const X* x, const int32_t* slot, int64_t m, int64_t choices, int64_t hidden, const W* gate_up,
-                const W* down, int64_t slots, int64_t inner, X* y) {
+void expert_ffn(Pool& pool, const X* x, const int32_t* slot, int64_t m, int64_t choices, int64_t hidden,
+                const W* gate_up, const W* down, int64_t slots, int64_t inner, X* y) {
   constexpr int64_t kRows = 32;  // of a part; in prefill one slot's rows keep several threads busy
   struct Part {
     int64_t slot, first, count;
@@ -51,8 +51,7 @@ void expert_ffn(Pool& pool, const X* x, const int32_t* slot, int64_t m, int64_t 
            2 * inner);
     for (int64_t r = 0; r < part.count; ++r) swiglu(wide + r * 2 * inner, inner, act + r * inner);
     matmul(act, inner, part.count, down + part.slot * inner * hidden, hidden, inner, hidden, rows, hidden);
-    for (int64_t r = 0; r < part.count; ++r)
-      narrow_row(rows + r * hidden, hidden, y + order[part.first + r] * hidden);
+    for (int64_t r = 0; r < part.count; ++r) narrow_row(rows + r * hidden, hidden, y + order[part.first + r] * hidden);
   });
 }
 

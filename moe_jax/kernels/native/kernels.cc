@@ -1,10 +1,9 @@
 // What XLA calls, by way of its foreign function interface: arguments are checked and cut to a layer here.
-#include "xla/ffi/api/ffi.h"
-
 #include "attention.h"
 #include "dense.h"
 #include "expert_ffn.h"
 #include "rows.h"
+#include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 using ffi::AnyBuffer;
@@ -33,21 +32,22 @@ const T* part(const AnyBuffer& x, int64_t index) {
 }
 
 template <class X, class W, class Y>
-ffi::Error run_dense(moe::Pool pool, const AnyBuffer& x, const AnyBuffer& w, const AnyBuffer& norm, const AnyBuffer& bias,
-                     const AnyBuffer& residual, int64_t layer, int64_t count, float eps, const AnyBuffer& y) {
+ffi::Error run_dense(moe::Pool pool, const AnyBuffer& x, const AnyBuffer& w, const AnyBuffer& norm,
+                     const AnyBuffer& bias, const AnyBuffer& residual, int64_t layer, int64_t count, float eps,
+                     const AnyBuffer& y) {
   const auto shape = w.dimensions();
   const int64_t batch = shape[1], k = shape[2], n = shape[3], total = x.dimensions()[0];
   const int64_t m = std::clamp<int64_t>(count, 0, total);
   const X* added = residual.element_count() ? data<const X>(residual) : nullptr;
-  moe::dense(pool, data<const X>(x), m, batch, k, part<W>(w, layer), n, part<X>(norm, layer), eps, part<X>(bias, layer), added,
-             data<Y>(y));
+  moe::dense(pool, data<const X>(x), m, batch, k, part<W>(w, layer), n, part<X>(norm, layer), eps, part<X>(bias, layer),
+             added, data<Y>(y));
   std::memset(static_cast<void*>(data<Y>(y) + m * batch * n), 0, (total - m) * batch * n * sizeof(Y));
   return ffi::Error::Success();
 }
 
 // x [T, B, K], w [L, B, K, N], norm [L, K], bias [L, N], residual [T, N], layer [], rows []: y [T, B, N].
-ffi::Error dense(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer w, AnyBuffer norm, AnyBuffer bias, AnyBuffer residual, AnyBuffer layer,
-                 AnyBuffer rows, Out y, float eps) {
+ffi::Error dense(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer w, AnyBuffer norm, AnyBuffer bias, AnyBuffer residual,
+                 AnyBuffer layer, AnyBuffer rows, Out y, float eps) {
   const int64_t l = number(layer), m = number(rows);
   const moe::Pool pool(threads);
   if (x.dimensions().size() != 3 || w.dimensions().size() != 4) return wrong("shape of a dense layer's weights");
@@ -64,16 +64,17 @@ ffi::Error dense(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer w, AnyBuffer no
 }
 
 template <class X, class W>
-ffi::Error run_expert_ffn(moe::Pool pool, const AnyBuffer& x, const AnyBuffer& slot, const AnyBuffer& gate_up, const AnyBuffer& down,
-                          int64_t layer, const AnyBuffer& y) {
+ffi::Error run_expert_ffn(moe::Pool pool, const AnyBuffer& x, const AnyBuffer& slot, const AnyBuffer& gate_up,
+                          const AnyBuffer& down, int64_t layer, const AnyBuffer& y) {
   const auto rows = slot.dimensions(), shape = down.dimensions();
-  moe::expert_ffn(pool, data<const X>(x), data<const int32_t>(slot), rows[0], rows[1], shape[3], part<W>(gate_up, layer),
-                  part<W>(down, layer), shape[1], shape[2], data<X>(y));
+  moe::expert_ffn(pool, data<const X>(x), data<const int32_t>(slot), rows[0], rows[1], shape[3],
+                  part<W>(gate_up, layer), part<W>(down, layer), shape[1], shape[2], data<X>(y));
   return ffi::Error::Success();
 }
 
 // x [M, H], slot [M, C], gate_up [L, S, H, 2 I], down [L, S, I, H], layer []: y [M, C, H].
-ffi::Error expert_ffn(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer slot, AnyBuffer gate_up, AnyBuffer down, AnyBuffer layer, Out y) {
+ffi::Error expert_ffn(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer slot, AnyBuffer gate_up, AnyBuffer down,
+                      AnyBuffer layer, Out y) {
   const int64_t l = number(layer);
   const moe::Pool pool(threads);
   if (is_f32(x) && is_f32(down)) return run_expert_ffn<float, float>(pool, x, slot, gate_up, down, l, *y);
@@ -83,10 +84,11 @@ ffi::Error expert_ffn(ffi::ThreadPool threads, AnyBuffer x, AnyBuffer slot, AnyB
 }
 
 template <class X>
-ffi::Error run_attend(moe::Pool pool, const AnyBuffer& q, const AnyBuffer& new_k, const AnyBuffer& new_v, const AnyBuffer& k,
-                      const AnyBuffer& v, int64_t layer, const AnyBuffer& position, const AnyBuffer& tables,
-                      const AnyBuffer& start, const AnyBuffer& first_row, const AnyBuffer& tile_entry, int64_t decode,
-                      int64_t tiles, int64_t row_tile, const AnyBuffer& out) {
+ffi::Error run_attend(moe::Pool pool, const AnyBuffer& q, const AnyBuffer& new_k, const AnyBuffer& new_v,
+                      const AnyBuffer& k, const AnyBuffer& v, int64_t layer, const AnyBuffer& position,
+                      const AnyBuffer& tables, const AnyBuffer& start, const AnyBuffer& first_row,
+                      const AnyBuffer& tile_entry, int64_t decode, int64_t tiles, int64_t row_tile,
+                      const AnyBuffer& out) {
   const auto queries = q.dimensions(), cache = k.dimensions(), results = out.dimensions();
   moe::Attention<X> a;
   a.q = data<const X>(q), a.new_k = data<const X>(new_k), a.new_v = data<const X>(new_v);
@@ -107,13 +109,13 @@ ffi::Error run_attend(moe::Pool pool, const AnyBuffer& q, const AnyBuffer& new_k
 // q [T, heads, D], new k [T, kv, D] and v [T, kv, V], cache k [L, pages, kv, D, P] and v [L, pages, kv, P, V], both v
 // of no elements for latent attention, layer [], position [T], tables [E, N], start [E], first row [E],
 // entry of each tile [T / row_tile], decode rows [], tiles []: out [T, heads, V].
-ffi::Error attend(ffi::ThreadPool threads, AnyBuffer q, AnyBuffer new_k, AnyBuffer new_v, AnyBuffer k, AnyBuffer v, AnyBuffer layer,
-                  AnyBuffer position, AnyBuffer tables, AnyBuffer start, AnyBuffer first_row, AnyBuffer tile_entry,
-                  AnyBuffer decode, AnyBuffer tiles, Out out, int64_t row_tile) {
+ffi::Error attend(ffi::ThreadPool threads, AnyBuffer q, AnyBuffer new_k, AnyBuffer new_v, AnyBuffer k, AnyBuffer v,
+                  AnyBuffer layer, AnyBuffer position, AnyBuffer tables, AnyBuffer start, AnyBuffer first_row,
+                  AnyBuffer tile_entry, AnyBuffer decode, AnyBuffer tiles, Out out, int64_t row_tile) {
   const auto run = is_f32(q) ? run_attend<float> : run_attend<moe::bf16>;
   if (q.element_type() != k.element_type() || !(is_f32(q) || is_bf16(q))) return wrong("types of attention");
-  return run(moe::Pool(threads), q, new_k, new_v, k, v, number(layer), position, tables, start, first_row, tile_entry, number(decode),
-             number(tiles), row_tile, *out);
+  return run(moe::Pool(threads), q, new_k, new_v, k, v, number(layer), position, tables, start, first_row, tile_entry,
+             number(decode), number(tiles), row_tile, *out);
 }
 
 template <class X>
@@ -201,20 +203,32 @@ ffi::Error write_rows(ffi::ThreadPool threads, AnyBuffer cache, AnyBuffer fresh,
 
 #define ARG Arg<AnyBuffer>()
 #define ARGS5 ARG.ARG.ARG.ARG.ARG
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_dense, dense,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.ARG.ARG.Ret<AnyBuffer>().Attr<float>("eps"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_expert_ffn, expert_ffn, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.Ret<AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_attend, attend,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.ARGS5.ARG.ARG.ARG.Ret<AnyBuffer>().Attr<int64_t>("row_tile"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    moe_jax_dense, dense, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.ARG.ARG.Ret<AnyBuffer>().Attr<float>("eps"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_expert_ffn, expert_ffn,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.Ret<AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    moe_jax_attend, attend,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.ARGS5.ARG.ARG.ARG.Ret<AnyBuffer>().Attr<int64_t>("row_tile"));
 #define RET Ret<AnyBuffer>()
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_split_heads, split_heads,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.ARG.ARG.RET.RET.RET.Attr<int64_t>("norm")
-                                  .Attr<float>("eps").Attr<float>("clip").Attr<float>("scale")
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .ARGS5.ARG.ARG.RET.RET.RET.Attr<int64_t>("norm")
+                                  .Attr<float>("eps")
+                                  .Attr<float>("clip")
+                                  .Attr<float>("scale")
                                   .Attr<bool>("interleaved"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_route, route,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARGS5.ARG.RET.RET.RET.Attr<float>("eps")
-                                  .Attr<int64_t>("groups").Attr<int64_t>("top_groups").Attr<bool>("sigmoid")
-                                  .Attr<bool>("best_two").Attr<bool>("normalize").Attr<float>("scale"));
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .ARGS5.ARG.RET.RET.RET.Attr<float>("eps")
+                                  .Attr<int64_t>("groups")
+                                  .Attr<int64_t>("top_groups")
+                                  .Attr<bool>("sigmoid")
+                                  .Attr<bool>("best_two")
+                                  .Attr<bool>("normalize")
+                                  .Attr<float>("scale"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_log_sum_exp, log_sum_exp,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().ARG.ARG.RET.RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_write_rows, write_rows,

@@ -169,7 +169,8 @@ void rows(const float* x, int64_t ldx, const T* w, int64_t ldw, int64_t k, int64
 
 // y[m, n] = x[m, k] @ w[k, n], or y += with kAdd; ld* are the distances between rows.
 template <class T, bool kAdd = false>
-void matmul(const float* x, int64_t ldx, int64_t m, const T* w, int64_t ldw, int64_t k, int64_t n, float* y, int64_t ldy) {
+void matmul(const float* x, int64_t ldx, int64_t m, const T* w, int64_t ldw, int64_t k, int64_t n, float* y,
+            int64_t ldy) {
   using Rows = void (*)(const float*, int64_t, const T*, int64_t, int64_t, int64_t, float*, int64_t);
   static constexpr Rows kRows[] = {rows<1, T, kAdd>, rows<2, T, kAdd>, rows<3, T, kAdd>, rows<4, T, kAdd>,
                                    rows<5, T, kAdd>, rows<6, T, kAdd>, rows<7, T, kAdd>, rows<8, T, kAdd>};
