@@ -45,6 +45,20 @@ class ScoreJob:
     rows: list[np.ndarray] = field(default_factory=list)  # [count, V] float32 of each chunk done
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """A step that the devices are doing."""
+
+    bucket: Bucket
+    plans: list[StepPlan]  # of this process's ranks, as all that follows
+    vectors: list[np.ndarray]  # the batches
+    proof: int
+    out: list[jax.Array]
+    new: list[list[jax.Array]]  # K/V rows
+    logits: list[list[jax.Array]]
+    written: bool  # the rows are on their way into the cache
+
+
 @dataclass
 class Rank:
     """One rank of this process."""
@@ -99,6 +113,7 @@ class Engine:
         self.epoch_heard = 0
         self.epoch_agreed = 0
         self.steps = 0
+        self._flight: _Flight | None = None
         self._tries = 0  # steps of this epoch, failed ones too; all its ranks count alike
         self.logits: dict[tuple[str, int], np.ndarray] = {}  # (request id, position) -> [V], with return_logits
 
@@ -242,8 +257,13 @@ class Engine:
         Blocks until the other ranks have done theirs; raises jax.errors.JaxRuntimeError when one of them is lost, with
         this engine as it was before the step.
         """
+        self.begin()
+        return self.finish()
+
+    def begin(self) -> None:
+        """The first half of a step, up to where the devices have it."""
         mesh = self.mesh
-        assert mesh is not None, "no epoch has been entered"
+        assert mesh is not None and self._flight is None, "no epoch has been entered, or a step has not been finished"
         alone = mesh.is_local
         level = max(self._level(rank) for rank in self.ranks) if alone else self.level
         bucket = self.buckets[(level or 1) - 1]
@@ -260,8 +280,22 @@ class Engine:
             cache = [self._label(mesh, array) for array in self.cache.values()]
             step = self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
             out, *rest = step([*self.fixed, *cache, batch])
-            outputs = [np.asarray(shard)[0] for shard in out]  # blocks: errors surface here
-            if any(output[3] != proof for output in outputs):
+            new, logits = rest[: len(self.cache)], rest[len(self.cache) :]
+            if alone:  # no host can be lost, so the write need not wait for the step's result
+                self._write(bucket, new, batch)
+            self._flight = _Flight(bucket, plans, vectors, proof, out, new, logits, written=alone)
+        except BaseException:
+            self._discard(plans, bucket)
+            raise
+
+    def finish(self) -> list[TokenEvent]:
+        """The other half. Requests may be added and cancelled between the two."""
+        flight, self._flight = self._flight, None
+        assert flight is not None, "no step has been begun"
+        bucket, plans = flight.bucket, flight.plans
+        try:
+            outputs = [np.asarray(shard)[0] for shard in flight.out]  # blocks: errors surface here
+            if any(output[3] != flight.proof for output in outputs):
                 raise jax.errors.JaxRuntimeError(f"epoch {self.epoch}: a step's collectives were aborted")
             if outputs[0][0] < 0:
                 raise RuntimeError(
@@ -269,13 +303,12 @@ class Engine:
                     "everywhere: the same moe-jax, C++ compiler and processor, or kernels='xla' on all ranks"
                 )
         except BaseException:
-            for rank, plan in zip(self.ranks, plans, strict=True):
-                self._discard(rank, plan, bucket)
+            self._discard(plans, bucket)
             raise
-        new, logits = rest[: len(self.cache)], rest[len(self.cache) :]
-        self._write(bucket, new, vectors)
+        if not flight.written:
+            self._write(bucket, flight.new, self.own.put(flight.vectors, SHARDED))
         self.steps += 1
-        seen = logits[0] if logits else [None] * len(self.ranks)
+        seen = flight.logits[0] if flight.logits else [None] * len(self.ranks)
         events: list[TokenEvent] = []
         for rank, plan, output, scores in zip(self.ranks, plans, outputs, seen, strict=True):
             (self.level, self.bells_answered, self.epoch_agreed, _), sampled = unpack_output(output, plan)
@@ -287,16 +320,21 @@ class Engine:
             events += rank.scheduler.complete(plan, sampled)
         return events
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether a step has been begun and not finished."""
+        return self._flight is not None
+
     def _label(self, mesh: ExpertMesh, array: jax.Array) -> jax.Array:
         """A cache array of this process's ranks as their part of the mesh's."""
         return array if mesh.devices == self.own.devices else mesh.assemble(self.own.shards(array), STACKED)
 
-    def _write(self, bucket: Bucket, new: list[list[jax.Array]], vectors: list[np.ndarray]) -> None:
-        """Put a step's K/V rows into the cache, which is donated. Nobody else takes part."""
+    def _write(self, bucket: Bucket, new: list[list[jax.Array]], batch: jax.Array) -> None:
+        """Put a step's K/V rows into the cache, which is donated. Nobody else takes part. batch: on own devices."""
         own = self.own
         write = self.programs.load(Program("write", bucket, own.size), own.devices)
         rows = [own.assemble(shards, STACKED) for shards in new]
-        written = write([*self.cache.values(), *rows, own.put(vectors, SHARDED)])
+        written = write([*self.cache.values(), *rows, batch])
         self.cache = {name: own.assemble(a, STACKED) for name, a in zip(self.cache, written, strict=True)}
 
     def warm_up(self) -> None:
@@ -308,7 +346,7 @@ class Engine:
             step = self.programs.load(Program("step", bucket, self.mesh.size), self.mesh.devices)
             out, *rest = step([*self.fixed, *cache, self.mesh.put(vectors, SHARDED)])
             jax.block_until_ready(out)
-            self._write(bucket, rest[: len(self.cache)], vectors)
+            self._write(bucket, rest[: len(self.cache)], self.own.put(vectors, SHARDED))
         jax.block_until_ready(self.cache)
 
     def _level(self, rank: Rank) -> int:
@@ -321,9 +359,10 @@ class Engine:
     def _plan(self, rank: Rank, bucket: Bucket) -> StepPlan:
         return self._plan_score(rank) if bucket.score else rank.scheduler.schedule(bucket.rows, bucket.prefill)
 
-    def _discard(self, rank: Rank, plan: StepPlan, bucket: Bucket) -> None:
-        if not bucket.score:
-            rank.scheduler.discard(plan)
+    def _discard(self, plans: list[StepPlan], bucket: Bucket) -> None:
+        for rank, plan in zip(self.ranks, plans, strict=True):
+            if not bucket.score:
+                rank.scheduler.discard(plan)
 
     def _keep_logits(self, plan: StepPlan, logits: np.ndarray) -> None:
         for i, e in enumerate(plan.sampled):

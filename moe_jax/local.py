@@ -51,7 +51,7 @@ class LocalBackend:
         self.model, self.config = checkpoint.config, config
         self.engine: Engine | None = local_engine(checkpoint, config, jax.devices()[:ranks], store)
         self.engine.warm_up()
-        self._rank_of: dict[str, int] = {}
+        self._late: list[TokenEvent] = []  # of a step that had to be finished between two polls
 
     @property
     def _open(self) -> Engine:
@@ -70,12 +70,22 @@ class LocalBackend:
             self.engine.cancel(request_id)
 
     def poll(self, timeout: float | None) -> list[TokenEvent]:
-        """One step, if there is work; a step takes as long as it takes."""
+        """One step's tokens, if there is work; a step takes as long as it takes. The next one is begun at once, so that
+        the devices work while the caller looks at these."""
         engine = self._open
-        return engine.step() if engine.has_work else []
+        if engine.has_work and not engine.in_flight:
+            engine.begin()
+        events, self._late = self._late, []
+        if engine.in_flight:
+            events += engine.finish()
+        if engine.has_work:
+            engine.begin()
+        return events
 
     def score(self, token_ids: Sequence[int], chunk: int | None) -> np.ndarray:
         engine = self._open
+        if engine.in_flight:
+            self._late += engine.finish()
         if engine.has_work:
             raise RuntimeError("score: found requests being served, expected none; finish or cancel them first")
         job = engine.add_score(0, list(token_ids), chunk)

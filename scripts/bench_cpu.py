@@ -196,7 +196,6 @@ def host_phases() -> Iterator[dict[str, float]]:
     """Seconds that the engine spends in each phase while the block runs, from wrapped methods; "steps" counts them."""
     spent: dict[str, float] = defaultdict(float)
     undo: list[tuple[Any, str, Any]] = []
-    device_since = 0.0
 
     def clocked(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
@@ -206,7 +205,7 @@ def host_phases() -> Iterator[dict[str, float]]:
                 return call(*args, **kwargs)
             finally:
                 spent[phase] += time.perf_counter() - begun
-                spent["steps"] += phase == "all"
+                spent["steps"] += phase == "finish"
 
         return wrapper
 
@@ -216,20 +215,7 @@ def host_phases() -> Iterator[dict[str, float]]:
 
     def loaded(load: Any) -> Any:
         def load_timed(self: Executables, program: Program, devices: Any) -> Any:
-            run = load(self, program, devices)
-            if program.kind == "write":
-                if device_since:
-                    spent["wait for the step"] += time.perf_counter() - device_since
-                return clocked("dispatch of the write", run)
-            run = clocked("dispatch of the step", run)
-
-            def run_step(*args: Any) -> Any:
-                nonlocal device_since
-                out = run(*args)
-                device_since = time.perf_counter()
-                return out
-
-            return run_step
+            return clocked(f"dispatch of the {program.kind}", load(self, program, devices))
 
         return load_timed
 
@@ -241,7 +227,8 @@ def host_phases() -> Iterator[dict[str, float]]:
         ("copy to the devices", ExpertMesh, "put"),
         ("unpack", engine, "unpack_output"),
         ("tokens to requests", engine.Scheduler, "complete"),
-        ("all", engine.Engine, "step"),
+        ("begin", engine.Engine, "begin"),
+        ("finish", engine.Engine, "finish"),
     ):
         replace(owner, name, functools.partial(clocked, phase))
     replace(Executables, "load", loaded)
@@ -291,15 +278,17 @@ def profile(opened: dict[int, Generate], top: int = 12) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for ranks, generate in opened.items():
         with host_phases() as spent:
-            generate()
-        steps, whole = int(spent.pop("steps")), spent.pop("all")
-        spent["the rest of the step"] = whole - sum(spent.values())
+            whole, _ = timed(generate)
+        steps, begin, finish = (spent.pop(name) for name in ("steps", "begin", "finish"))
+        spent["wait for the devices"] = finish - spent["unpack"] - spent["tokens to requests"]
+        spent["outside of the engine, beside the devices' work"] = whole - begin - finish
+        spent["the rest"] = whole - sum(spent.values())
         with tempfile.TemporaryDirectory() as directory:
             with jax.profiler.trace(directory):
                 generate()
             ops = device_ops(Path(directory))
         out[str(ranks)] = {
-            "steps": steps,
+            "steps": int(steps),
             "step_ms": round(1e3 * whole / steps, 3),
             "host_ms_per_step": {k: round(1e3 * v / steps, 3) for k, v in spent.items()},
             "device_ms_per_step": {
