@@ -30,6 +30,7 @@ class Options:
     max_output_tokens: int | None = None  # of one request; None: as many as fit
     web: str | None = None  # host:port of status page and metrics
     openai_port: int | None = None  # of the gateway
+    otlp: str | None = None  # endpoint of a collector, for traces
     log_json: bool = False
     grace: float = 20.0  # seconds in which a signal to end lets accepted requests finish
     journal: Path | None = None  # directories, made if need be
