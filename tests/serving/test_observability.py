@@ -199,7 +199,7 @@ def test_traces(served):
     served.call(lambda: metrics.finished.append(traces.finished))
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     served.inference.Complete(request(7, request_id="traced"), metadata=[("traceparent", parent)])
-    served.inference.Complete(request(3, request_id="alone"), metadata=[("traceparent", "\x7fno such thing")])
+    served.inference.Complete(request(3, request_id="alone"), metadata=[("traceparent", "no such thing")])
     served.call(metrics.finished.clear)
     traces.close()
     spans = [s for s in memory.get_finished_spans() if s.context.trace_id == 0x0AF7651916CD43DD8448EB211C80319C]
