@@ -107,7 +107,7 @@ def test_the_share_of_a_key(served):
 
 def test_nobody_sees_the_requests_of_another(served):
     alice, bob = stub(served, "alice"), stub(served, "bob")
-    asked = request(2000, request_id="mine")
+    asked = request(800, request_id="mine")
     call = alice.Generate(asked)
     next(call)
     with refused(grpc.StatusCode.NOT_FOUND, "neither running nor kept"):
@@ -165,14 +165,14 @@ def _until_cancelled(call) -> Iterator[pb.WatchResponse]:
 
 def test_rebalance(served):
     """After a loss and a return the experts lie as repairs have left them; now as a plan would have them."""
-    call = served.inference.Generate(request(1500))
+    call = served.inference.Generate(request(800))
     next(call)
     epoch = served.status()["epoch"]
     moved = served.admin.Rebalance(pb.RebalanceRequest(), timeout=20)
     assert moved.epoch == epoch + bool(moved.slots)
     again = served.admin.Rebalance(pb.RebalanceRequest(), timeout=20)
     assert (again.slots, again.epoch) == (0, moved.epoch)
-    assert list(call)[-1].usage.completion_tokens == 1500
+    assert list(call)[-1].usage.completion_tokens == 800
 
 
 def test_overload():
