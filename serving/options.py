@@ -44,5 +44,6 @@ class Options:
         paths = ("model", "journal", "log_dir", "api_keys")
         options: dict[str, Any] = {n: Path(v) if n in paths and v is not None else v for n, v in given.items()}
         if tls := options.pop("tls"):
-            options["tls"] = Tls(**{name: Path(v) if isinstance(v, str) else v for name, v in tls.items()})
+            files: dict[str, Any] = {name: Path(v) if isinstance(v, str) else v for name, v in tls.items()}
+            options["tls"] = Tls(**files)
         return cls(**options)

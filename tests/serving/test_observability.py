@@ -202,7 +202,8 @@ def test_traces(served):
     served.inference.Complete(request(3, request_id="alone"), metadata=[("traceparent", "no such thing")])
     served.call(metrics.finished.clear)
     traces.close()
-    spans = [s for s in memory.get_finished_spans() if s.context.trace_id == 0x0AF7651916CD43DD8448EB211C80319C]
+    every: Any = memory.get_finished_spans()
+    spans = [span for span in every if span.context.trace_id == 0x0AF7651916CD43DD8448EB211C80319C]
     by_name = {span.name: span for span in spans}
     assert sorted(by_name) == ["decode", "prefill", "queue", "request"]
     whole = by_name["request"]

@@ -20,6 +20,7 @@ RULES = m.Rules(3, HOSTS, plan, repair, restore)
 
 def epoch(order: tuple[int, ...] = (0, 2, 1), number: int = 7) -> m.Epoch:
     slots = repair(plan([0, 1, 2]), sorted(order))
+    assert slots is not None
     slots.flags.writeable = False
     return m.Epoch(number, 3, order, tuple(10 + r for r in order), order, slots)
 
