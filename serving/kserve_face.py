@@ -74,9 +74,9 @@ class KServe(rpc.GRPCInferenceServiceServicer):
             response = self._response(request, completion.response())
         return response
 
-    async def ModelStreamInfer(self, requests: Any, context: grpc.aio.ServicerContext) -> None:
+    async def ModelStreamInfer(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
         """One request after the other. What is wrong with one is its own affair, and the stream goes on."""
-        async for request in requests:
+        async for request in request_iterator:
             try:
                 completion = await self._inference.start(self._translate(request))
                 with self._inference.following(completion, context):
@@ -123,7 +123,7 @@ class KServe(rpc.GRPCInferenceServiceServicer):
         if name in _TRITON:
             return
         kind = parameter.WhichOneof("parameter_choice")
-        value = None if kind is None else getattr(parameter, kind)
+        value: Any = None if kind is None else getattr(parameter, kind)
         fits = isinstance(value, _PARAMETERS.get(name, ())) and isinstance(value, bool) == (name == "ignore_eos")
         if not fits:
             known = ", ".join(_PARAMETERS)
