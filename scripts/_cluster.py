@@ -38,6 +38,7 @@ _GRPC = (
     ("grpc.max_reconnect_backoff_ms", 200),
     ("grpc.use_local_subchannel_pool", 1),
 )
+_BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # the connection, not the request
 _PROMPTS = (
     "The capital of",
     "My fellow citizens,",
@@ -233,10 +234,13 @@ class Traffic:
         width: int,
         hang: float,
         retry: bool = False,
+        resume: bool = False,
     ) -> None:
         """hang: seconds without a token after which a stream is given up. retry: ask again when a stream breaks, as a
-        client does whose server was restarted; otherwise that is an error."""
+        client does whose server was restarted; resume: go on where it broke. Otherwise that is an error."""
         self._jobs, self._expected, self._width, self._hang, self._retry = jobs, expected, width, hang, retry
+        self._resume = resume
+        self.resumed = 0  # times
         self._channel = grpc.aio.insecure_channel(address, options=_GRPC)
         self._stub = rpc.InferenceStub(self._channel)
         self._tasks: list[asyncio.Task[None]] = []
@@ -292,9 +296,22 @@ class Traffic:
         call: Any = self._stub.Generate(job.request(request_id))
         try:
             async with asyncio.timeout(self._hang) as hang:
-                async for response in call:
-                    self._take(stream, response)
-                    hang.reschedule(asyncio.get_running_loop().time() + self._hang)
+                while not stream.finish_reason:
+                    try:
+                        async for response in call:
+                            self._take(stream, response)
+                            hang.reschedule(asyncio.get_running_loop().time() + self._hang)
+                    except grpc.aio.AioRpcError as e:
+                        if not self._resume or e.code() not in _BROKEN:
+                            raise
+                        self.resumed += 1
+                        await asyncio.sleep(0.02)
+                        again = pb.ResumeRequest(request_id=request_id, offset=len(stream.tokens))
+                        # Whether it was accepted is not known before its first token.
+                        if stream.tokens:
+                            call = self._stub.Resume(again)
+                        else:
+                            call = self._stub.Generate(job.request(request_id))
             self.tally.judge(stream, self._expected[job], request_id)
         except TimeoutError:
             self.tally.hung += 1
@@ -416,7 +433,7 @@ class Cluster:
 
     @property
     def pid(self) -> int:
-        """Of the coordinator."""
+        """Of the process that keeps the coordinator and the workers."""
         assert self._process is not None
         return self._process.pid
 
@@ -453,7 +470,8 @@ class Cluster:
     async def processes(self) -> dict[str, int]:
         """Process ids by role."""
         status = await self.status()
-        found = {"coordinator": self.pid, "JAX service": status["service_pid"]}
+        found: dict[str, Any] = {"launcher": self.pid, "coordinator": status["coordinator"]["pid"]}
+        found["JAX service"] = status["service_pid"]
         for rank in status["ranks"]:
             found |= {f"supervisor {rank['rank']}": rank["supervisor_pid"], f"engine {rank['rank']}": rank["pid"]}
         return {role: pid for role, pid in found.items() if pid is not None}
@@ -470,7 +488,7 @@ class Cluster:
         if self._process is not None and self._process.returncode is None:
             self._process.terminate()
             try:
-                async with asyncio.timeout(20.0):
+                async with asyncio.timeout(40.0):
                     await self._process.wait()
             except TimeoutError:
                 self._process.kill()

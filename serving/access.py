@@ -70,6 +70,14 @@ ANYBODY = Key("", admin=True, max_priority=MAX_PRIORITY)  # where no keys are as
 _caller: ContextVar[Key] = ContextVar("caller", default=ANYBODY)
 
 
+_trace_parent: ContextVar[str | None] = ContextVar("trace_parent", default=None)
+
+
+def trace_parent() -> str | None:
+    """`traceparent` of the call that is being served."""
+    return _trace_parent.get()
+
+
 def caller() -> Key:
     """Of the call that is being served."""
     return _caller.get()
@@ -137,6 +145,9 @@ class Guard(grpc.aio.ServerInterceptor):
                 audit.warning("refused", extra={"method": method, "key": key.name})
                 return _refuse(grpc.StatusCode.PERMISSION_DENIED, f"key {key.name!r} is no administrator's")
             _caller.set(key)
+        parent = metadata.get("traceparent")
+        if isinstance(parent, str):
+            _trace_parent.set(parent[:64])
         return await continuation(handler_call_details)
 
     def knows(self, authorization: str) -> bool:

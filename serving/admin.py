@@ -83,13 +83,19 @@ class Admin(rpc.AdminServicer):
 @asynccontextmanager
 async def _audited(context: grpc.aio.ServicerContext, what: str) -> AsyncIterator[None]:
     """Who had what done, or tried, and how it ended. What is not possible now is FAILED_PRECONDITION."""
-    who = {"key": caller().name, "peer": context.peer(), "outcome": "CANCELLED"}
+
+    def log(outcome: str) -> None:
+        who = {"key": caller().name, "peer": context.peer(), "outcome": outcome}
+        audit.info("%s by %r from %s: %s", what, who["key"], who["peer"], outcome, extra=who)
+
     try:
         yield
-        who["outcome"] = "OK"
     except (NotFound, Unavailable) as e:
         error = FailedPrecondition(str(e)) if isinstance(e, Unavailable) else e
-        who["outcome"] = CODES[type(error)].name
+        log(CODES[type(error)].name)
         await abort(context, error, 0.0)
-    finally:
-        audit.info("%s by %r from %s: %s", what, who["key"], who["peer"], who["outcome"], extra=who)
+    except BaseException as e:
+        log(type(e).__name__)  # cancelled, above all
+        raise
+    else:
+        log("OK")

@@ -316,6 +316,7 @@ def configure_serve(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--journal", type=Path, metavar="DIR", help="requests are kept there and outlive this process")
     group.add_argument("--log-dir", type=Path, metavar="DIR", help="a log of each local worker")
     group.add_argument("--openai-port", type=_port, metavar="PORT", help="OpenAI's HTTP interface, by the gateway smg")
+    group.add_argument("--otlp", metavar="URL", help="send traces to this OpenTelemetry collector (gRPC)")
     group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: an object a line")
     group.add_argument("--web", type=_address, metavar="HOST:PORT", help="serve a status page and /metrics there")
     group.add_argument("--max-queue-tokens", type=_positive, metavar="N", help="of all requests that are accepted")
@@ -356,6 +357,7 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
             grace=args.grace,
             web=args.web,
             openai_port=args.openai_port,
+            otlp=args.otlp,
             log_json=args.log_format == "json",
             **server_credentials(args, args.workers == "local"),
             **own,

@@ -15,6 +15,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serving.access import trace_parent
+
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _STATES = ("live", "joining", "lost")
@@ -28,6 +30,7 @@ class Times:
     """Of one open request, in seconds of time.monotonic."""
 
     accepted: float
+    parent: str | None = None  # the caller's trace, as it said
     placed: float | None = None
     first: float | None = None  # token
     last: float | None = None
@@ -74,7 +77,7 @@ class Metrics:
     # As it happens
 
     def accepted(self, key: int, now: float) -> None:
-        self._open[key] = Times(now)
+        self._open[key] = Times(now, trace_parent())
 
     def placed(self, key: int, rank: int, now: float) -> None:
         times = self._open.get(key)

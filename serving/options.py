@@ -30,6 +30,7 @@ class Options:
     max_output_tokens: int | None = None  # of one request; None: as many as fit
     web: str | None = None  # host:port of status page and metrics
     openai_port: int | None = None  # of the gateway
+    otlp: str | None = None  # endpoint of a collector, for traces
     log_json: bool = False
     grace: float = 20.0  # seconds in which a signal to end lets accepted requests finish
     journal: Path | None = None  # directories, made if need be
@@ -43,5 +44,6 @@ class Options:
         paths = ("model", "journal", "log_dir", "api_keys")
         options: dict[str, Any] = {n: Path(v) if n in paths and v is not None else v for n, v in given.items()}
         if tls := options.pop("tls"):
-            options["tls"] = Tls(**{name: Path(v) if isinstance(v, str) else v for name, v in tls.items()})
+            files: dict[str, Any] = {name: Path(v) if isinstance(v, str) else v for name, v in tls.items()}
+            options["tls"] = Tls(**files)
         return cls(**options)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -43,6 +43,9 @@ from serving.web import Web
 from serving.worker import DISMISSED
 
 _INFERENCE, _ADMIN = (s.full_name for s in inference_pb2.DESCRIPTOR.services_by_name.values())
+if TYPE_CHECKING:
+    from serving.tracing import Traces
+
 log = logging.getLogger(__name__)
 
 _STARTUP = 600.0  # seconds that an engine may take to join, to load and to compile
@@ -146,6 +149,15 @@ class Server:
         coordinator = self.coordinator
         self.web = Web(coordinator.observe, coordinator.metrics, self._guard, self._tls)
         return self.web.start(address)
+
+    def add_kserve_face(self, name: str) -> None:
+        """Before `start`: speak the Open Inference Protocol, too. name: the model's."""
+        from serving import kserve_face
+        from serving.protos import open_inference_pb2_grpc
+
+        face = kserve_face.KServe(self.inference, name)
+        add = open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
+        self._faces.append((kserve_face.NAME, lambda server: add(face, server)))
 
     def add_vllm_face(self, model: Path, name: str) -> None:
         """Before `start`: speak the protocol of vLLM's engines, too. Raises ImportError without smg-grpc-proto."""
@@ -254,6 +266,18 @@ class Server:
             self.failure.set_exception(RuntimeError(f"journal: {error}"))
 
 
+def _traces(endpoint: str, server: Server) -> Traces:
+    """Raises ValueError where what it takes is not installed."""
+    try:
+        from serving import tracing
+
+        traces = tracing.Traces(tracing.exporter(endpoint))
+    except ImportError as e:
+        raise ValueError(f"otlp: found no {e.name}: pip install 'moe-jax[otel]'") from None
+    server.coordinator.metrics.finished.append(traces.finished)
+    return traces
+
+
 async def serve(
     options: Options,
     cluster: Cluster,
@@ -293,12 +317,14 @@ async def serve(
         max_output_tokens=options.max_output_tokens,
         name=options.model.name,
     )
+    traces = None if options.otlp is None else _traces(options.otlp, server)
     if options.log_json:
         use_json(lambda: server.coordinator.epoch)
     stop, serving = asyncio.create_task(signalled.get()), asyncio.create_task(server.serving.wait())
     gateway: Gateway | None = None
     gone = asyncio.create_task((kept or asyncio.Event()).wait())
     try:
+        server.add_kserve_face(options.model.name)
         if importlib.util.find_spec("smg_grpc_proto") is not None:
             server.add_vllm_face(options.model.resolve(), options.model.name)
         address = await server.start(options.address)
@@ -331,3 +357,5 @@ async def serve(
         if gateway is not None:
             await gateway.close()
         await server.close()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)

@@ -140,9 +140,11 @@ def _translate(request: vllm.GenerateRequest, max_tokens: int) -> list[pb.Genera
     )
     if given.top_p:
         params.top_p = given.top_p
+    if given.logprobs < 0:
+        raise Invalid(f"logprobs: found {given.logprobs}, expected none below 0")
     for name in ("temperature", "max_tokens", "logprobs"):
         if given.HasField(name):
-            setattr(params, name, max(0, getattr(given, name)))
+            setattr(params, name, getattr(given, name))
     if not given.HasField("max_tokens"):
         params.max_tokens = max_tokens
     asked = []

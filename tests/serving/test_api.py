@@ -41,15 +41,22 @@ class Running:
     """A server in an event loop of its own, with clients that block."""
 
     def __init__(
-        self, cluster: Cluster, journal: Any = None, client: Tls | None = None, key: str | None = None, **given: Any
+        self,
+        cluster: Cluster,
+        journal: Any = None,
+        client: Tls | None = None,
+        key: str | None = None,
+        prepare: Callable[[Server], None] = lambda server: None,
+        **given: Any,
     ) -> None:
-        """client, key: what this client shows. given: of Server."""
+        """client, key: what this client shows. prepare: called before the server listens. given: of Server."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
         async def start() -> tuple[Server, str, Launcher]:
             server = Server(cluster, Journal(journal), TOKENIZER, VOCABULARY, (EOS,), linger=0.5, **given)
+            prepare(server)
             address = await server.start("127.0.0.1:0")
             return server, address, server.start_workers("cpu")
 

@@ -185,3 +185,31 @@ def test_metrics_forget_what_has_ended():
     metrics.ended(1, "r", "me", "stop", 3, 0, 2.0)
     assert not metrics._open and not metrics._ranks and [f.ranks for f in seen] == [(3,)]
     assert serving.__file__
+
+
+def test_traces(served):
+    """A span for each request and its parts, in the trace of whoever asked."""
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from serving.tracing import Traces
+
+    memory, metrics = InMemorySpanExporter(), served.server.coordinator.metrics
+    traces = Traces(memory)
+    served.call(lambda: metrics.finished.append(traces.finished))
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    served.inference.Complete(request(7, request_id="traced"), metadata=[("traceparent", parent)])
+    served.inference.Complete(request(3, request_id="alone"), metadata=[("traceparent", "no such thing")])
+    served.call(metrics.finished.clear)
+    traces.close()
+    every: Any = memory.get_finished_spans()
+    spans = [span for span in every if span.context.trace_id == 0x0AF7651916CD43DD8448EB211C80319C]
+    by_name = {span.name: span for span in spans}
+    assert sorted(by_name) == ["decode", "prefill", "queue", "request"]
+    whole = by_name["request"]
+    assert whole.parent.span_id == 0xB7AD6B7169203331 and whole.attributes["completion_tokens"] == 7
+    for name in ("queue", "prefill", "decode"):
+        span = by_name[name]
+        assert span.parent.span_id == whole.context.span_id
+        assert whole.start_time <= span.start_time <= span.end_time <= whole.end_time
+    assert by_name["prefill"].attributes["rank"] in (0, 1, 2)

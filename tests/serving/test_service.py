@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from signal import SIGKILL
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_the_share_of_a_key(served):
 
 def test_nobody_sees_the_requests_of_another(served):
     alice, bob = stub(served, "alice"), stub(served, "bob")
-    asked = request(2000, request_id="mine")
+    asked = request(800, request_id="mine")
     call = alice.Generate(asked)
     next(call)
     with refused(grpc.StatusCode.NOT_FOUND, "neither running nor kept"):
@@ -164,11 +165,45 @@ def _until_cancelled(call) -> Iterator[pb.WatchResponse]:
 
 def test_rebalance(served):
     """After a loss and a return the experts lie as repairs have left them; now as a plan would have them."""
-    call = served.inference.Generate(request(1500))
+    call = served.inference.Generate(request(800))
     next(call)
     epoch = served.status()["epoch"]
     moved = served.admin.Rebalance(pb.RebalanceRequest(), timeout=20)
     assert moved.epoch == epoch + bool(moved.slots)
     again = served.admin.Rebalance(pb.RebalanceRequest(), timeout=20)
     assert (again.slots, again.epoch) == (0, moved.epoch)
-    assert list(call)[-1].usage.completion_tokens == 1500
+    assert list(call)[-1].usage.completion_tokens == 800
+
+
+def test_overload():
+    """Ten times what the queue holds: it never holds more, who is refused is told when to come again, whoever is
+    accepted is served, and after it all is as before."""
+    cluster = replace(fake_cluster(("a", "b"), fake={"step": 0.01}, **PATIENT), max_tokens=64 * 40)
+    prompt = pb.TokenIds(ids=[1] * 40)
+    running = Running(cluster)
+    try:
+        ledger = running.call(lambda: running.server.coordinator.router.ledger)
+        most, served, delays = 0, 0, []
+        calls = [running.inference.Complete.future(request(20, seed=i, token_ids=prompt)) for i in range(640)]
+        while not all(call.done() for call in calls):
+            most = max(most, ledger.tokens)
+            time.sleep(0.005)
+        for i, call in enumerate(calls):
+            if call.code() == grpc.StatusCode.OK:
+                served += 1
+                assert list(call.result().token_ids) == tokens(i, 20)
+            else:
+                assert call.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+                status = rpc_status.from_call(call)
+                assert status is not None
+                info = error_details_pb2.RetryInfo()
+                assert any(packed.Unpack(info) for packed in status.details)
+                delays.append(info.retry_delay.ToTimedelta().total_seconds())
+        assert 40 <= served < 640 and 0.1 <= min(delays) <= max(delays) <= 60
+        assert 64 * 20 <= most <= 64 * (40 + 20)  # outputs may come on top
+        assert list(running.inference.Complete(request(20)).token_ids) == tokens(1, 20)
+        running.no_requests()
+        counts = running.status()["requests"]
+        assert counts["refused"] == len(delays) and not running.call(lambda: running.server.coordinator.metrics._open)
+    finally:
+        running.close()
