@@ -32,6 +32,7 @@ class Config:
     blocks_k: int = 1  # blocks of weights in a stage, along K
     stages: int = 4
     panel: int = 8  # row tiles that are visited together with all columns, for the L2 cache
+    buffers: int = 1  # for results on their way out, a warpgroup
 
 
 @jax.tree_util.register_dataclass
@@ -145,7 +146,7 @@ def grouped_gemm(
         """Row tile and column tile of the t-th tile: panels of row tiles, and in them column by column."""
         panel = lax.div(t, c.panel * across)
         r = t - panel * c.panel * across
-        high = jnp.minimum(c.panel, count - panel * c.panel)
+        high = jnp.maximum(jnp.minimum(c.panel, count - panel * c.panel), 1)  # no tile at all is also a count
         return panel * c.panel + lax.rem(r, high), lax.div(r, high)
 
     def body(*refs: Any, xs: Any, ws: Any, ys: Any, full: Any, empty: Any) -> None:
@@ -154,14 +155,20 @@ def grouped_gemm(
         count, layer = head_g[0], head_g[1]
         mine = lax.div(count * across - sm + sms - 1, sms)
 
+        def tile(i: jax.Array) -> tuple[jax.Array, ...]:
+            """Column tile, first row, rows and group of the i-th of this block's tiles, or of any if there is none:
+            asked for a tile ahead, so that nobody waits for it."""
+            mi, ni = place(jnp.minimum(sm + i * sms, jnp.maximum(count * across - 1, 0)), count)
+            return ni, row_g[mi], size_g[mi], group_g[mi]
+
         @pl.when(wg == c.consumers)
         def produce() -> None:
             plgpu.set_max_registers(40, action="decrease")
 
-            def per_tile(i: jax.Array, _: None) -> None:
-                mi, ni = place(sm + i * sms, count)
-                row, size = row_g[mi], size_g[mi]
-                first = ((layer * groups + group_g[mi]) * nb + ni * c.consumers) * kb * b
+            def per_tile(i: jax.Array, this: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                ahead = tile(i + 1)
+                ni, row, size, group = this
+                first = ((layer * groups + group) * nb + ni * c.consumers) * kb * b
 
                 def per_stage(ki: jax.Array, _: None) -> None:
                     step = i * kt + ki
@@ -183,8 +190,9 @@ def grouped_gemm(
                                 plgpu.copy_gmem_to_smem(from_, xs.at[slot, kk, pl.ds(0, high)], full.at[slot])
 
                 lax.fori_loop(0, kt, per_stage, None)
+                return ahead
 
-            lax.fori_loop(0, mine, per_tile, None)
+            lax.fori_loop(0, mine, per_tile, tile(jnp.int32(0)))
 
             def drain(j: jax.Array, _: None) -> None:
                 @pl.when(mine * kt > j)
@@ -197,14 +205,16 @@ def grouped_gemm(
         def consume() -> None:
             plgpu.set_max_registers(232, action="increase")
 
-            def per_tile(i: jax.Array, _: None) -> None:
-                mi, ni = place(sm + i * sms, count)
-                row, size = row_g[mi], size_g[mi]
+            def per_tile(i: jax.Array, this: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                ahead = tile(i + 1)
+                ni, row, size, _ = this
                 for low, high in widths:
 
                     @pl.when((size > low) & (size <= high))
                     def _(low: int = low, high: int = high) -> None:
                         multiply(i, ni, row, size, low, high)
+
+                return ahead
 
             def multiply(i: jax.Array, ni: jax.Array, row: jax.Array, size: jax.Array, low: int, width: int) -> None:
                 def scope(*accs: Any) -> list[jax.Array]:
@@ -233,10 +243,13 @@ def grouped_gemm(
                 out = pl.run_scoped(scope, *[plgpu.ACC((64, width), jnp.float32)] * halves)
                 if activate:
                     gate, up = out
-                    out = [gate / (1 + jnp.exp(-gate)) * up]
+                    r = lax.rsqrt(1 + jnp.exp(-gate))  # a quotient would be IEEE's, which takes ten times as long
+                    out = [gate * r * r * up]
                 for p, y in enumerate(out):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    ys.at[wg, pl.ds(0, width)].T[...] = y.astype(dtype)
+                    buffer = p % c.buffers
+                    if buffer == 0:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    ys.at[wg, buffer, pl.ds(0, width)].T[...] = y.astype(dtype)
                     plgpu.commit_smem()
                     column = ((ni * c.consumers + wg) * pieces + p) * 64
                     # A copy's shape is static: what every tile of this width has, then eights as far as it goes.
@@ -244,11 +257,11 @@ def grouped_gemm(
                         rows = low if at == 0 and low else ALIGN
 
                         @pl.when(size > at)
-                        def _(at: int = at, rows: int = rows, column: jax.Array = column) -> None:
+                        def _(at: int = at, rows: int = rows, column: jax.Array = column, buffer: int = buffer) -> None:
                             to = y_g.at[pl.ds(row + at, rows), pl.ds(column, 64)]
-                            plgpu.copy_smem_to_gmem(ys.at[wg, pl.ds(at, rows)], to)
+                            plgpu.copy_smem_to_gmem(ys.at[wg, buffer, pl.ds(at, rows)], to)
 
-            lax.fori_loop(0, mine, per_tile, None)
+            lax.fori_loop(0, mine, per_tile, tile(jnp.int32(0)))
             plgpu.wait_smem_to_gmem(0)
 
     stage = (c.stages, c.consumers)
@@ -262,7 +275,7 @@ def grouped_gemm(
         scratch_types=dict(
             xs=plgpu.SMEM((c.stages, c.blocks_k, c.block_m, BLOCK_K), dtype, transforms=_transforms(BLOCK_K, dtype)),
             ws=plgpu.SMEM((*stage, c.blocks_k * b, BLOCK_K), blocks.dtype, transforms=_transforms(64, blocks.dtype)),
-            ys=plgpu.SMEM((c.consumers, c.block_m, 64), dtype, transforms=_transforms(64, dtype)),
+            ys=plgpu.SMEM((c.consumers, c.buffers, c.block_m, 64), dtype, transforms=_transforms(64, dtype)),
             full=plgpu.Barrier(num_arrivals=c.consumers + c.blocks_k, num_barriers=c.stages),
             empty=plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.stages),
         ),

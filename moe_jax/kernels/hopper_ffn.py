@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.kernels import tuning
-from moe_jax.kernels.grouped_gemm import grouped_gemm, swiglu
+from moe_jax.kernels.grouped_gemm import from_blocks, grouped_gemm, swiglu
 from moe_jax.kernels.routing import assign_rows, combine, padded_rows, permute
-from moe_jax.kernels.grouped_gemm import from_blocks
 
 
 def hopper_ffn(
@@ -57,11 +56,11 @@ def hopper_ffn_reference(
     layer: jax.Array,
     share: float = 1.0,
 ) -> jax.Array:
-    """The same, every slot for every row, in float32."""
+    """The same, every slot for every row; float32."""
     del share
     w_in, w_out = from_blocks(gate_up[layer], True), from_blocks(down[layer], False)
     f32 = [a.astype(jnp.float32) for a in (x, w_in, w_out)]
     h = swiglu(jnp.einsum("mh,shi->msi", f32[0], f32[1], precision="highest"))
     y = jnp.einsum("msi,sih->msh", h, f32[2], precision="highest")
     chosen = jnp.take_along_axis(y, jnp.maximum(slot, 0)[..., None], axis=1)
-    return (jnp.where(slot >= 0, weights, 0)[..., None] * chosen).sum(1).astype(x.dtype)
+    return (jnp.where(slot >= 0, weights, 0)[..., None] * chosen).sum(1)

@@ -31,7 +31,7 @@ def shared_memory(c: Config, shape: Shape, weight_bytes: int = 2) -> int:
     """Bytes that the kernel takes."""
     b = block_rows(shape.columns, shape.activate)
     stage = c.blocks_k * BLOCK_K * (2 * c.block_m + weight_bytes * c.consumers * b)
-    return c.stages * (stage + 16) + c.consumers * c.block_m * 128 + 1024
+    return c.stages * (stage + 16) + c.consumers * c.buffers * c.block_m * 128 + 1024
 
 
 def fits(c: Config, shape: Shape) -> bool:
@@ -42,12 +42,13 @@ def fits(c: Config, shape: Shape) -> bool:
         nb % c.consumers == 0
         and kb % c.blocks_k == 0
         and c.blocks_k * b <= 256
+        and c.stages > 1
         and c.block_m * (b // 64) <= 384  # accumulators in registers
         and shared_memory(c, shape) <= SHARED_MEMORY
     )
 
 
-def _widths(most: int) -> tuple[int, ...]:
+def widths_to(most: int) -> tuple[int, ...]:
     return tuple(w for w in (8, 16, 32, 64, 96, 128, 160, 192) if w <= most)
 
 
@@ -55,21 +56,20 @@ def candidates(shape: Shape) -> list[Config]:
     """What is worth measuring for a shape, by its regime, and what serves a shape that nothing was measured for."""
     out = []
     if shape.rows > 96:
-        for block_m, stages, panel in ((128, 4, 8), (192, 3, 8), (192, 3, 16), (160, 3, 8), (128, 4, 16)):
-            out.append(Config(block_m, _widths(block_m), 2, 1, stages, panel))
+        for block_m, stages, buffers in ((192, 3, 1), (128, 4, 1), (128, 3, 2), (160, 3, 1)):
+            for panel in (4, 8, 16, 32):
+                out.append(Config(block_m, widths_to(block_m), 2, 1, stages, panel, buffers))
     for block_m in (32, 64, 128):
         for consumers, blocks_k in ((2, 1), (1, 1), (1, 2), (2, 2)):
-            for kilobytes in (176, 112):
-                stage = blocks_k * BLOCK_K * 2 * (block_m + consumers * block_rows(shape.columns, shape.activate))
-                out.append(
-                    Config(block_m, _widths(block_m), consumers, blocks_k, max(2, kilobytes * 1024 // stage), 1)
-                )
+            stage = blocks_k * BLOCK_K * 2 * (block_m + consumers * block_rows(shape.columns, shape.activate))
+            for kilobytes in (192, 144):
+                out.append(Config(block_m, widths_to(block_m), consumers, blocks_k, kilobytes * 1024 // stage, 1))
     return [c for c in dict.fromkeys(out) if fits(c, shape)]
 
 
 def narrowed(c: Config, block_m: int) -> Config:
     """The same with tiles of at most `block_m` rows."""
-    return c if c.block_m == block_m else replace(c, block_m=block_m, widths=_widths(block_m))
+    return c if c.block_m == block_m else replace(c, block_m=block_m, widths=widths_to(block_m))
 
 
 @cache
@@ -107,4 +107,4 @@ def best(shape: Shape) -> Config:
     measured = [(distance(other), i, c) for i, (other, c) in enumerate(_table()) if fits(c, shape)]
     if measured:
         return min(measured)[2]
-    return (candidates(shape) or [Config(64, _widths(64), 1, 1, 4, 1)])[0]
+    return (candidates(shape) or [Config(64, widths_to(64), 1, 1, 4, 1)])[0]
