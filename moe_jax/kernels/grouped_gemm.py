@@ -84,16 +84,55 @@ def from_blocks(blocks: jax.Array, swiglu: bool) -> jax.Array:
     return parts.transpose(*keep, *order).reshape(*lead, kb * BLOCK_K, nb * b)
 
 
+def scales_to_blocks(scales: jax.Array, swiglu: bool) -> jax.Array:
+    """Scales of 128 by 128 weights, [..., K / 128, N / 128], as the kernel reads them: [..., N / B, B / 64, K / 128].
+
+    A scale of what is 64 columns of a block. With `swiglu`, N is gates, then ups, each a multiple of 128.
+    """
+    *lead, k, n = scales.shape
+    d = len(lead)
+    turned = jnp.swapaxes(scales, -1, -2)
+    if not swiglu:
+        return jnp.broadcast_to(turned[..., None, :], (*lead, n, 2, k))
+    halves = turned.reshape(*lead, 2, n // 2, k)
+    return jnp.repeat(jnp.moveaxis(halves, d, d + 1), 2, axis=d)
+
+
+def dequantise(blocks: jax.Array, scales: jax.Array) -> jax.Array:
+    """float32 blocks of 8-bit blocks and `scales_to_blocks`."""
+    b = blocks.shape[-2]
+    each = jnp.repeat(jnp.repeat(jnp.swapaxes(scales, -1, -2), 2, axis=-2), 64, axis=-1)  # [..., N / B, K / 64, B]
+    return blocks.astype(jnp.float32) * each[..., :b, None]
+
+
+def quantise(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., K, N], multiples of 128, as float8_e4m3fn and float32 scales [..., K / 128, N / 128] of 128 by 128 blocks,
+    as DeepSeek-V3's checkpoints have them (arXiv 2412.19437, section 3.3.2)."""
+    *lead, k, n = weights.shape
+    tiles = weights.astype(jnp.float32).reshape(*lead, k // 128, 128, n // 128, 128)
+    scale = jnp.abs(tiles).max((-3, -1)) / float(jnp.finfo(jnp.float8_e4m3fn).max)
+    scale = jnp.where(scale == 0, 1, scale)
+    return (tiles / scale[..., :, None, :, None]).astype(jnp.float8_e4m3fn).reshape(weights.shape), scale
+
+
 def swiglu(x: jax.Array) -> jax.Array:
     gate, up = jnp.split(x, 2, axis=-1)
     return jax.nn.silu(gate) * up
 
 
 def grouped_gemm_reference(
-    x: jax.Array, blocks: jax.Array, tiles: Tiles, layer: jax.Array, config: Config, activate: bool = False
+    x: jax.Array,
+    blocks: jax.Array,
+    tiles: Tiles,
+    layer: jax.Array,
+    config: Config,
+    activate: bool = False,
+    scales: jax.Array | None = None,
 ) -> jax.Array:
     """Plain JAX, in float32; rows of no tile come out as zeros."""
-    w = from_blocks(blocks[layer], activate).astype(jnp.float32)
+    del config
+    wide = blocks[layer].astype(jnp.float32) if scales is None else dequantise(blocks[layer], scales[layer])
+    w = from_blocks(wide, activate)
     rows = jnp.arange(x.shape[0])
     live = jnp.arange(tiles.group.shape[0]) < tiles.count
     inside = (rows >= tiles.row[:, None]) & (rows < (tiles.row + tiles.size)[:, None]) & live[:, None]
@@ -116,14 +155,16 @@ def grouped_gemm(
     layer: jax.Array,
     config: Config,
     activate: bool = False,
+    scales: jax.Array | None = None,
     *,
     sms: int = SMS,
     interpret: Any = None,
 ) -> jax.Array:
     """y[r] = x[r] @ weights of r's group, or SwiGLU of that; rows of no tile keep what was in memory.
 
-    x [M, K] bfloat16, M a multiple of 8; blocks [L, G, N / B, K / 64, B, 64] bfloat16, see `to_blocks`; layer [] int32.
-    Returns [M, N], or [M, N / 2] with `activate`, bfloat16, accumulated in float32.
+    x [M, K] bfloat16, M a multiple of 8; blocks [L, G, N / B, K / 64, B, 64], see `to_blocks`, bfloat16, or
+    float8_e4m3fn with `scales` as `scales_to_blocks` gives them (then stages are of 128 columns: config.blocks_k 2);
+    layer [] int32. Returns [M, N], or [M, N / 2] with `activate`, bfloat16, accumulated in float32.
     """
     m, k = x.shape
     layers, groups, nb, kb, b, _ = blocks.shape
@@ -132,6 +173,8 @@ def grouped_gemm(
         raise ValueError(f"x has {k} columns, expected {kb * BLOCK_K}: the weights' rows")
     if nb % c.consumers or kb % c.blocks_k or c.blocks_k * b > 256:
         raise ValueError(f"{c}: does not divide {nb} x {kb} blocks of {b} x {BLOCK_K}")
+    if (scales is not None) != (blocks.dtype == jnp.float8_e4m3fn) or (scales is not None and c.blocks_k != 2):
+        raise ValueError(f"weights {blocks.dtype}, blocks_k {c.blocks_k}: expected float8_e4m3fn and 2 with scales only")
     if layers * groups * nb * kb * b >= 2**31:
         raise ValueError(f"weights {blocks.shape}: more than 2^31 rows of blocks; keep fewer layers in an array")
     if m % ALIGN or c.block_m % ALIGN or c.widths[-1] != c.block_m:
@@ -150,7 +193,7 @@ def grouped_gemm(
         return panel * c.panel + lax.rem(r, high), lax.div(r, high)
 
     def body(*refs: Any, xs: Any, ws: Any, ys: Any, full: Any, empty: Any) -> None:
-        x_g, w_g, group_g, row_g, size_g, head_g, y_g = refs
+        x_g, w_g, *scale_g, group_g, row_g, size_g, head_g, y_g = refs
         wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
         count, layer = head_g[0], head_g[1]
         mine = lax.div(count * across - sm + sms - 1, sms)
@@ -207,16 +250,22 @@ def grouped_gemm(
 
             def per_tile(i: jax.Array, this: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 ahead = tile(i + 1)
-                ni, row, size, _ = this
+                ni, row, size, group = this
                 for low, high in widths:
 
                     @pl.when((size > low) & (size <= high))
                     def _(low: int = low, high: int = high) -> None:
-                        multiply(i, ni, row, size, low, high)
+                        if scales is None:
+                            store(multiply(i, high), ni, row, size, low, high)
+                        else:
+                            block = (layer * groups + group) * nb + ni * c.consumers + wg
+                            store(multiply_scaled(i, high, block), ni, row, size, low, high)
 
                 return ahead
 
-            def multiply(i: jax.Array, ni: jax.Array, row: jax.Array, size: jax.Array, low: int, width: int) -> None:
+            def multiply(i: jax.Array, width: int) -> list[jax.Array]:
+                """Each 64 rows of weights times the i-th tile's rows, transposed."""
+
                 def scope(*accs: Any) -> list[jax.Array]:
                     def per_stage(ki: jax.Array, _: None) -> None:
                         step = i * kt + ki
@@ -240,7 +289,50 @@ def grouped_gemm(
                     plgpu.barrier_arrive(empty.at[lax.rem((i + 1) * kt - 1, c.stages)])
                     return [acc[...] for acc in accs]
 
-                out = pl.run_scoped(scope, *[plgpu.ACC((64, width), jnp.float32)] * halves)
+                return pl.run_scoped(scope, *[plgpu.ACC((64, width), jnp.float32)] * halves)
+
+            def multiply_scaled(i: jax.Array, width: int, block: jax.Array) -> list[jax.Array]:
+                """The same with 8-bit weights, widened in registers, which is exact; a stage's sum gets its scale."""
+
+                def scale(ki: jax.Array) -> list[jax.Array]:
+                    return [scale_g[0][(block * halves + h) * kt + jnp.minimum(ki, kt - 1)] for h in range(halves)]
+
+                def per_stage(ki: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+                    sums, now = state
+                    ahead = scale(ki + 1)
+                    slot = lax.rem(i * kt + ki, c.stages)
+                    plgpu.barrier_wait(full.at[slot])
+                    parts = [product(slot, h, width) for h in range(halves)]
+                    plgpu.barrier_arrive(empty.at[slot])
+                    return [a + part * s for a, part, s in zip(sums, parts, now, strict=True)], ahead
+
+                zeros = plgpu.layout_cast(jnp.zeros((64, width), jnp.float32), plgpu.Layout.WGMMA)
+                return lax.fori_loop(0, kt, per_stage, ([zeros] * halves, scale(jnp.int32(0))))[0]
+
+            def product(slot: jax.Array, h: int, width: int) -> jax.Array:
+                def scope(acc: Any) -> jax.Array:
+                    for kk in range(c.blocks_k):
+                        from_ = ws.at[slot, wg, pl.ds(kk * b + h * 64, 64)]
+                        w = plgpu.load(from_, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+                        # Hopper widens to float16 in one instruction, and from there in two; to bfloat16 in none.
+                        w = plgpu.layout_cast(
+                            w.astype(jnp.float16).astype(jnp.float32).astype(dtype), plgpu.Layout.WGMMA
+                        )
+                        plgpu.wgmma(acc, w, xs.at[slot, kk, pl.ds(0, width)].T)
+                    plgpu.wgmma_wait(0)
+                    return acc[...]
+
+                if interpret is not None:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
+                    both = [
+                        jnp.dot(ws[slot, wg, pl.ds(kk * b + h * 64, 64)].astype(dtype), xs[slot, kk, pl.ds(0, width)].T)
+                        for kk in range(c.blocks_k)
+                    ]
+                    return sum(x.astype(jnp.float32) for x in both)
+                return pl.run_scoped(scope, plgpu.ACC((64, width), jnp.float32))
+
+            def store(
+                out: list[jax.Array], ni: jax.Array, row: jax.Array, size: jax.Array, low: int, width: int
+            ) -> None:
                 if activate:
                     gate, up = out
                     r = lax.rsqrt(1 + jnp.exp(-gate))  # a quotient would be IEEE's, which takes ten times as long
@@ -285,4 +377,5 @@ def grouped_gemm(
         **({} if interpret is None else {"interpret": interpret}),
     )
     head = jnp.stack([tiles.count, layer]).astype(jnp.int32)
-    return run(x, blocks.reshape(-1, BLOCK_K), tiles.group, tiles.row, tiles.size, head)
+    weights = (blocks.reshape(-1, BLOCK_K), *(() if scales is None else (scales.reshape(-1),)))
+    return run(x, *weights, tiles.group, tiles.row, tiles.size, head)

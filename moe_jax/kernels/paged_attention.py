@@ -100,6 +100,8 @@ def paged_attention(
     latent = values is None
     page_bytes = PAGE * 2 * (key_dim + (0 if latent else value_dim))
     stages = min(8, (SHARED_MEMORY - room * ROWS * 2 * max(key_dim, value_dim)) // page_bytes)
+    if mode == "pages":
+        stages -= stages % wgs  # a warpgroup counts the phases of the barriers it waits for, so each slot has one reader
     if stages < 2:
         raise ValueError(f"key dim {key_dim} and value dim {value_dim}: two pages do not fit in shared memory")
     readers = 1 if mode == "pages" else wgs  # of each page
