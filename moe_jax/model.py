@@ -36,7 +36,7 @@ class Run:
     expert_tile: int
     prefill: bool
     deterministic: bool
-    kernels: str = "xla"  # or "native", or "reference": plain JAX where there is a kernel
+    kernels: str = "xla"  # or "native", "hopper", or "reference": plain JAX where there is a kernel
     # No loop whose length is data. On a GPU the host would wait for it in the middle of the step, and XLA cannot abort
     # a lost peer's communicator while it does: "lockable.h: Check failed" (seen in jax 0.11.2).
     straight: bool = False
@@ -181,6 +181,11 @@ def layer(
     value_dim = c.latent.kv_rank if c.latent else c.head_dim
     if run.kernels == "native":
         a = native.attend(q, new, cache, index, position, e, value_dim, run.row_tile)
+    elif run.kernels == "hopper":
+        from moe_jax import hopper
+
+        new = hopper.finite(new)
+        a = hopper.attend(q, new, cache, index, position, e, value_dim, run.row_tile, run.prefill)
     elif run.straight:
         a = attend_gathered(q, new, cache, index, position, e, value_dim, run.row_tile, run.prefill)
     else:
@@ -212,6 +217,7 @@ def layer(
         spread=run.prefill,
         ffn=run.ffn,
         deterministic=run.deterministic,
+        hopper=run.kernels == "hopper",
     )
     return x + y, new
 

@@ -80,6 +80,7 @@ def moe(
     spread: bool,
     deterministic: bool,
     ffn: Callable[..., jax.Array] = expert_ffn,
+    hopper: bool = False,
 ) -> jax.Array:
     """The weighted sum of each row's experts, [T, H].
 
@@ -87,6 +88,7 @@ def moe(
     in all layers with experts, of which this is number `layer`; table [E, R] of global slots, mesh position * S + slot.
     Deterministic: each expert's output crosses the mesh on its own (adding the other ranks' zeros is exact) and the C
     of them are summed in the router's order; otherwise they are summed before, which moves C times less.
+    hopper: by `hopper_ffn` in place of `ffn`, gate_up and down being in its layout.
     """
     slots = gate_up.shape[1]
     if x.dtype == jnp.float32:  # one collective instead of three; ids are exact in float32
@@ -98,6 +100,10 @@ def moe(
     first = (lax.axis_index(AXIS) if dispatch.ranks > 1 else 0) * slots
     slot = choose_slots(all_ids, table, spread) - first
     slot = jnp.where((slot >= 0) & (slot < slots), slot, -1)
+    if hopper:
+        from moe_jax.kernels.hopper_ffn import hopper_ffn  # Pallas takes its time to import
+
+        return dispatch.reduce(hopper_ffn(everyone, slot, all_weights, gate_up, down, layer, 1 / dispatch.ranks))
     y = ffn(everyone, slot, gate_up, down, layer, tile)
     if deterministic:
         return weighted_sum(dispatch.reduce(y), weights)

@@ -136,7 +136,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--load-format", choices=("auto", "dummy"), default=argparse.SUPPRESS, help="dummy: random weights, no files"
     )
     group.add_argument(
-        "--kernels", choices=("auto", "reference"), default=argparse.SUPPRESS, help="reference: plain JAX everywhere"
+        "--kernels",
+        choices=("auto", "native", "hopper", "xla", "reference"),
+        default=argparse.SUPPRESS,
+        help="reference: plain JAX everywhere (default: auto, the fastest that the device has)",
     )
 
 

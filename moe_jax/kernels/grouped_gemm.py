@@ -33,6 +33,7 @@ class Config:
     stages: int = 4
     panel: int = 8  # row tiles that are visited together with all columns, for the L2 cache
     buffers: int = 1  # for results on their way out, a warpgroup
+    cluster: int = 1  # blocks of threads that share the copies of a tile's rows, each with columns of its own
 
 
 @jax.tree_util.register_dataclass
@@ -171,7 +172,7 @@ def grouped_gemm(
     c = config
     if k != kb * BLOCK_K:
         raise ValueError(f"x has {k} columns, expected {kb * BLOCK_K}: the weights' rows")
-    if nb % c.consumers or kb % c.blocks_k or c.blocks_k * b > 256:
+    if nb % (c.consumers * c.cluster) or kb % c.blocks_k or c.blocks_k * b > 256:
         raise ValueError(f"{c}: does not divide {nb} x {kb} blocks of {b} x {BLOCK_K}")
     if (scales is not None) != (blocks.dtype == jnp.float8_e4m3fn) or (scales is not None and c.blocks_k != 2):
         raise ValueError(f"weights {blocks.dtype}, blocks_k {c.blocks_k}: expected float8_e4m3fn and 2 with scales only")
@@ -181,8 +182,9 @@ def grouped_gemm(
         raise ValueError(f"{m} rows and {c}: expected multiples of {ALIGN}, the last of widths being block_m")
     pieces = 1 if activate else b // 64  # 64 output columns each
     columns, kt, dtype = nb * pieces * 64, kb // c.blocks_k, x.dtype
-    across = nb // c.consumers
+    across, clusters = nb // (c.consumers * c.cluster), sms // c.cluster
     halves = b // 64
+    shared = "block" if c.cluster > 1 else None
     widths = [(low, high) for low, high in zip((0, *c.widths), c.widths, strict=False)]
 
     def place(t: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -196,12 +198,14 @@ def grouped_gemm(
         x_g, w_g, *scale_g, group_g, row_g, size_g, head_g, y_g = refs
         wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
         count, layer = head_g[0], head_g[1]
-        mine = lax.div(count * across - sm + sms - 1, sms)
+        mine = lax.div(count * across - sm + clusters - 1, clusters)
 
         def tile(i: jax.Array) -> tuple[jax.Array, ...]:
             """Column tile, first row, rows and group of the i-th of this block's tiles, or of any if there is none:
             asked for a tile ahead, so that nobody waits for it."""
-            mi, ni = place(jnp.minimum(sm + i * sms, jnp.maximum(count * across - 1, 0)), count)
+            mi, ni = place(jnp.minimum(sm + i * clusters, jnp.maximum(count * across - 1, 0)), count)
+            if c.cluster > 1:
+                ni = ni * c.cluster + lax.axis_index("block")
             return ni, row_g[mi], size_g[mi], group_g[mi]
 
         @pl.when(wg == c.consumers)
@@ -230,7 +234,9 @@ def grouped_gemm(
                         def _(high: int = high) -> None:
                             for kk in range(c.blocks_k):
                                 from_ = x_g.at[pl.ds(row, high), pl.ds((ki * c.blocks_k + kk) * BLOCK_K, BLOCK_K)]
-                                plgpu.copy_gmem_to_smem(from_, xs.at[slot, kk, pl.ds(0, high)], full.at[slot])
+                                plgpu.copy_gmem_to_smem(
+                                    from_, xs.at[slot, kk, pl.ds(0, high)], full.at[slot], collective_axes=shared
+                                )
 
                 lax.fori_loop(0, kt, per_stage, None)
                 return ahead
@@ -360,8 +366,10 @@ def grouped_gemm(
     run = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, columns), dtype),
-        grid=(sms,),
+        grid=(clusters,),
         grid_names=("sm",),
+        cluster=(c.cluster,) if shared else (),
+        cluster_names=(shared,) if shared else (),
         num_threads=c.consumers + 1,
         thread_name="wg",
         scratch_types=dict(
@@ -369,7 +377,9 @@ def grouped_gemm(
             ws=plgpu.SMEM((*stage, c.blocks_k * b, BLOCK_K), blocks.dtype, transforms=_transforms(64, blocks.dtype)),
             ys=plgpu.SMEM((c.consumers, c.buffers, c.block_m, 64), dtype, transforms=_transforms(64, dtype)),
             full=plgpu.Barrier(num_arrivals=c.consumers + c.blocks_k, num_barriers=c.stages),
-            empty=plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.stages),
+            empty=plgpu.ClusterBarrier(collective_axes=(shared,), num_arrivals=c.consumers, num_barriers=c.stages)
+            if shared
+            else plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.stages),
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane

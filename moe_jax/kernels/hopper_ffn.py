@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.kernels import tuning
-from moe_jax.kernels.grouped_gemm import from_blocks, grouped_gemm, swiglu
+from moe_jax.kernels.grouped_gemm import SMS, from_blocks, grouped_gemm, swiglu
 from moe_jax.kernels.routing import assign_rows, combine, padded_rows, permute
 
 
@@ -22,6 +22,7 @@ def hopper_ffn(
     layer: jax.Array,
     share: float = 1.0,
     *,
+    sms: int = SMS,
     interpret: Any = None,
 ) -> jax.Array:
     """[M, H]: the sum over c of weights[m, c] times SwiGLU of slot[m, c] applied to x[m]; -1 adds nothing.
@@ -42,8 +43,8 @@ def hopper_ffn(
     first, second = tuning.narrowed(first, block_m), tuning.narrowed(second, block_m)
     place, tiles = assign_rows(slot, groups, block_m)
     h = permute(x, place, padded_rows(slot.size, groups), interpret=interpret)
-    h = grouped_gemm(h, gate_up, tiles, layer, first, activate=True, interpret=interpret)
-    y = grouped_gemm(h, down, tiles, layer, second, interpret=interpret)
+    h = grouped_gemm(h, gate_up, tiles, layer, first, activate=True, sms=sms, interpret=interpret)
+    y = grouped_gemm(h, down, tiles, layer, second, sms=sms, interpret=interpret)
     return combine(y, place, weights, interpret=interpret)
 
 

@@ -39,7 +39,8 @@ def fits(c: Config, shape: Shape) -> bool:
     b = block_rows(shape.columns, shape.activate)
     nb, kb = shape.columns // b, shape.k // BLOCK_K
     return (
-        nb % c.consumers == 0
+        nb % (c.consumers * c.cluster) == 0
+        and all(w % (8 * c.cluster) == 0 for w in c.widths)
         and kb % c.blocks_k == 0
         and c.blocks_k * b <= 256
         and c.stages > 1

@@ -1,0 +1,250 @@
+"""The Hopper kernels against their plain versions: interpreted on a CPU, and lowered for a GPU without one."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moe_jax.kernels import tuning
+from moe_jax.kernels.grouped_gemm import (
+    Config,
+    dequantise,
+    from_blocks,
+    grouped_gemm,
+    grouped_gemm_reference,
+    quantise,
+    scales_to_blocks,
+    to_blocks,
+)
+from moe_jax.kernels.hopper_ffn import hopper_ffn, hopper_ffn_reference
+from moe_jax.kernels.paged_attention import Queries, merge, paged_attention, paged_attention_reference
+from moe_jax.kernels.routing import (
+    assign_rows,
+    combine,
+    combine_reference,
+    padded_rows,
+    permute,
+    permute_reference,
+)
+
+# What was not written is NaN there, and data races are errors.
+INTERPRET: Any = plgpu.InterpretGPUParams(detect_races=True) if hasattr(plgpu, "InterpretGPUParams") else None
+interpreted = pytest.mark.skipif(INTERPRET is None, reason="the interpreter of jax 0.10 lacks layout_cast")
+BF16 = jnp.bfloat16
+
+
+def random(seed: int, *shape: int, scale: float = 1.0, dtype: Any = BF16) -> jax.Array:
+    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(dtype)
+
+
+def error(found: Any, expected: Any) -> float:
+    found, expected = np.asarray(found, np.float32), np.asarray(expected, np.float32)
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-6))
+
+
+# Few shapes, each of which is compiled: (groups, pairs).
+slots = st.sampled_from([(1, 3), (5, 40), (9, 600)]).flatmap(
+    lambda shape: st.tuples(
+        st.just(shape[0]),
+        st.one_of(
+            st.lists(st.integers(-1, shape[0] - 1), min_size=shape[1], max_size=shape[1]),
+            st.integers(-1, shape[0] - 1).map(lambda slot: [slot] * shape[1]),
+        ),
+    )
+)
+assign = jax.jit(assign_rows, static_argnames=("groups", "block_m"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(routed=slots, block_m=st.sampled_from([8, 64]))
+def test_rows_and_tiles(routed: tuple[int, list[int]], block_m: int) -> None:
+    """Each pair has a row of its own in a tile of its group; tiles and rows stay within what was promised."""
+    groups, flat = routed
+    place, tiles = assign(np.array(flat, np.int32)[:, None], groups, block_m)
+    count = int(tiles.count)
+    assert count <= len(tiles.group)
+    group_of_row = {}
+    columns = [np.asarray(x)[:count].tolist() for x in (tiles.group, tiles.row, tiles.size)]
+    for group, row, size in zip(*columns, strict=True):
+        assert row % 8 == 0 and 1 <= size <= block_m
+        for r in range(row, row + size):
+            assert r not in group_of_row
+            group_of_row[r] = group
+    rows = np.asarray(place)[:, 0].tolist()
+    assert [group_of_row.get(r, -1) for r in rows] == flat
+    assert len({r for r in rows if r >= 0}) == len(group_of_row) == sum(s >= 0 for s in flat)
+    assert all(r < padded_rows(len(flat), groups) for r in rows)
+
+
+def tiles_of(sizes: list[int], block_m: int) -> tuple[np.ndarray, Any, int]:
+    """Rows of some group, the tiles, and how many rows there are, for groups of these sizes."""
+    slot = np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
+    place, tiles = assign_rows(jnp.array(slot)[:, None], len(sizes), block_m)
+    return np.asarray(place)[:, 0], tiles, padded_rows(len(slot), len(sizes))
+
+
+@interpreted
+@settings(max_examples=3, deadline=None)
+@given(sizes=st.lists(st.sampled_from([0, 1, 8, 9, 40, 70]), min_size=2, max_size=3).filter(any), seed=st.integers(0, 9))
+@pytest.mark.parametrize(
+    "config, activate",
+    [(Config(32, (8, 32), 2, 1, 2), True), (Config(64, (16, 64), 1, 2, 3, buffers=2), False)],
+    ids=["swiglu", "down"],
+)
+def test_grouped_gemm(config: Config, activate: bool, sizes: list[int], seed: int) -> None:
+    blocks = to_blocks(random(seed, 2, len(sizes), 128, 256, scale=0.1), activate)
+    rows, tiles, m = tiles_of(sizes, config.block_m)
+    x = random(seed + 1, m, 128)
+    args = (x, blocks, tiles, jnp.int32(1), config, activate)
+    found = grouped_gemm(*args, sms=2, interpret=INTERPRET)
+    assert error(found[rows], grouped_gemm_reference(*args)[rows]) < 4e-3
+
+
+@interpreted
+def test_grouped_gemm_of_8_bit_weights() -> None:
+    config = Config(16, (8, 16), 2, 2, 2)
+    weights, scale = quantise(random(0, 1, 2, 256, 256, scale=0.1, dtype=np.float32))
+    blocks, scales = to_blocks(weights, True), scales_to_blocks(scale, True)
+    rows, tiles, m = tiles_of([3, 20], config.block_m)
+    args = (random(1, m, 256), blocks, tiles, jnp.int32(0), config, True, scales)
+    assert error(grouped_gemm(*args, sms=2, interpret=INTERPRET)[rows], grouped_gemm_reference(*args)[rows]) < 4e-3
+
+
+@pytest.mark.parametrize("activate", [True, False])
+def test_blocks_and_back(activate: bool) -> None:
+    weights = random(0, 2, 3, 128, 384)
+    np.testing.assert_array_equal(from_blocks(to_blocks(weights, activate), activate), weights)
+    small, scale = quantise(jnp.asarray(random(1, 3, 256, 512, dtype=np.float32)))
+    wide = small.astype(np.float32) * np.repeat(np.repeat(scale, 128, -1), 128, -2)
+    found = from_blocks(dequantise(to_blocks(small, activate), scales_to_blocks(scale, activate)), activate)
+    np.testing.assert_array_equal(found, wide)
+    assert error(wide, random(1, 3, 256, 512, dtype=np.float32)) < 0.03
+
+
+@interpreted
+def test_permute_and_combine() -> None:
+    slot = np.random.default_rng(0).integers(-1, 4, (6, 3)).astype(np.int32)
+    place, _ = assign_rows(jnp.array(slot), 4, 16)
+    rows, used = padded_rows(slot.size, 4), np.asarray(place)[np.asarray(place) >= 0]
+    x, weights = random(0, 6, 256), random(1, 6, 3, dtype=np.float32)
+    found = permute(x, place, rows, interpret=INTERPRET)
+    np.testing.assert_array_equal(found[used], permute_reference(x, place, rows)[used])
+    y = np.full((rows, 256), np.nan, BF16)
+    y[used] = random(2, len(used), 256)
+    found = combine(y, place, weights, interpret=INTERPRET)
+    assert error(found, combine_reference(y, place, weights)) < 4e-3
+
+
+@interpreted
+def test_the_whole_path() -> None:
+    gate_up, down = to_blocks(random(0, 1, 3, 128, 256, scale=0.1), True), to_blocks(random(1, 1, 3, 128, 128), False)
+    slot = jnp.array([[0, 2], [2, -1], [-1, -1], [2, 0]], jnp.int32)
+    args = (random(2, 4, 128), slot, random(3, 4, 2, dtype=np.float32), gate_up, down, jnp.int32(0))
+    assert error(hopper_ffn(*args, sms=2, interpret=INTERPRET), hopper_ffn_reference(*args)) < 5e-3
+
+
+SHAPES = {  # kv heads, query rows, tokens, key dim, value dim, whether values are in the keys
+    "grouped": (2, 8, 1, 64, 64, False),
+    "grouped, prefill": (1, 128, 16, 64, 64, False),
+    "latent": (1, 16, 1, 576, 512, True),
+    "latent, prefill": (1, 128, 16, 576, 512, True),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("shape", SHAPES)
+def test_paged_attention(shape: str) -> None:
+    kv_heads, rows, tokens, key_dim, value_dim, latent = SHAPES[shape]
+    n, pages, splits = 2, 6, 2 if tokens == 1 else 1
+    rng = np.random.default_rng(0)
+    keys = random(0, 2, pages, kv_heads, key_dim, 64, scale=0.3)
+    values = None if latent else random(1, 2, pages, kv_heads, 64, value_dim)
+    new = tokens > 1
+    new_keys = random(2, 2, kv_heads, key_dim, 64, scale=0.3) if new else None
+    new_values = random(3, 2, kv_heads, 64, value_dim) if new and not latent else None
+    q = random(4, n, kv_heads, rows, key_dim)
+    tables = rng.integers(0, pages, (n, 12 if not latent else 3)).astype(np.int32)
+    # One sequence is as long as a table, so that every page's place in shared memory is used again; one sees nothing.
+    seen = np.array([64 * tables.shape[1] - 3, 0], np.int32)
+    items = Queries(*(jnp.array(x, jnp.int32) for x in ([0, 1], seen, [5, 5], [5, 5 + tokens])))
+    args = (q, keys, values, new_keys, new_values, jnp.int32(1), tables, items, value_dim, tokens)
+    found, lse = merge(*paged_attention(*args, splits, interpret=INTERPRET))
+    expected, expected_lse = paged_attention_reference(*args)
+    assert error(found, expected) < 4e-3
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
+
+
+def shape(*sizes: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def lower(f: Callable[..., Any], *args: Any) -> str:
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("tokens", [64, 8192])
+@pytest.mark.parametrize("groups, hidden, inner", [(128, 2048, 768), (32, 7168, 2048), (8, 4096, 14336), (64, 2048, 1408)])
+def test_the_whole_path_lowers_for_a_gpu(groups: int, hidden: int, inner: int, tokens: int) -> None:
+    text = lower(
+        hopper_ffn,
+        shape(tokens, hidden),
+        shape(tokens, 8, dtype=np.int32),
+        shape(tokens, 8, dtype=np.float32),
+        jax.eval_shape(partial(to_blocks, swiglu=True), shape(1, groups, hidden, 2 * inner)),
+        jax.eval_shape(partial(to_blocks, swiglu=False), shape(1, groups, inner, hidden)),
+        shape(dtype=np.int32),
+    )
+    assert text.count("custom_call @mosaic_gpu") == 4
+    assert "stablehlo.while" not in text  # a loop whose end is data would have the host wait for it
+
+
+@pytest.mark.parametrize("shape_", SHAPES)
+def test_paged_attention_lowers_for_a_gpu(shape_: str) -> None:
+    kv_heads, rows, tokens, _, _, latent = SHAPES[shape_]
+    key_dim, value_dim = (576, 512) if latent else (128, 128)
+    one = shape(32, dtype=np.int32)
+    text = lower(
+        partial(paged_attention, value_dim=value_dim, tokens=tokens, splits=2),
+        shape(32, kv_heads, rows, key_dim),
+        shape(2, 99, kv_heads, key_dim, 64),
+        None if latent else shape(2, 99, kv_heads, 64, value_dim),
+        shape(8, kv_heads, key_dim, 64) if tokens > 1 else None,
+        shape(8, kv_heads, 64, value_dim) if tokens > 1 and not latent else None,
+        shape(dtype=np.int32),
+        shape(32, 64, dtype=np.int32),
+        Queries(one, one, one, one),
+    )
+    assert "custom_call @mosaic_gpu" in text
+
+
+@given(
+    groups=st.integers(1, 512),
+    k=st.integers(1, 200).map(lambda n: 64 * n),
+    n=st.integers(1, 200).map(lambda n: 64 * n),
+    rows=st.integers(1, 5000),
+    activate=st.booleans(),
+)
+def test_any_shape_has_a_configuration(groups: int, k: int, n: int, rows: int, activate: bool) -> None:
+    shape = tuning.Shape(groups, k, 2 * n if activate else n, rows, activate)
+    assert tuning.fits(tuning.best(shape), shape)
+    assert all(tuning.fits(c, shape) for c in tuning.candidates(shape))
+    assert tuning.fits(tuning.narrowed(tuning.best(shape), 8), shape)
+
+
+def test_the_table_holds_what_can_run() -> None:
+    for shape, config in tuning._table():
+        assert tuning.fits(config, shape)
+        assert tuning.best(shape) == config
+
+
+@pytest.mark.parametrize("k, n, activate", [(96, 128, False), (64, 96, False), (64, 192, True)])
+def test_other_sizes_are_refused(k: int, n: int, activate: bool) -> None:
+    with pytest.raises(ValueError, match="multiple of 64"):
+        to_blocks(random(0, 1, k, n), activate)
