@@ -8,7 +8,6 @@ Weights are kept in blocks that a single copy of consecutive bytes brings in, se
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -175,7 +174,9 @@ def grouped_gemm(
     if nb % (c.consumers * c.cluster) or kb % c.blocks_k or c.blocks_k * b > 256:
         raise ValueError(f"{c}: does not divide {nb} x {kb} blocks of {b} x {BLOCK_K}")
     if (scales is not None) != (blocks.dtype == jnp.float8_e4m3fn) or (scales is not None and c.blocks_k != 2):
-        raise ValueError(f"weights {blocks.dtype}, blocks_k {c.blocks_k}: expected float8_e4m3fn and 2 with scales only")
+        raise ValueError(
+            f"weights {blocks.dtype}, blocks_k {c.blocks_k}: expected float8_e4m3fn and 2 with scales only"
+        )
     if layers * groups * nb * kb * b >= 2**31:
         raise ValueError(f"weights {blocks.shape}: more than 2^31 rows of blocks; keep fewer layers in an array")
     if m % ALIGN or c.block_m % ALIGN or c.widths[-1] != c.block_m:

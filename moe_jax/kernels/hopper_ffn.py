@@ -1,6 +1,6 @@
 """The experts' feed-forward on Hopper, rows to rows: sort, copy, two grouped GEMMs, and the weighted sum back.
 
-What XLA is given holds no loop whose trip count depends on data: counts stay on the device, and kernels read them there.
+What XLA is given holds no loop whose length is data: counts stay on the device, and kernels read them there.
 """
 
 from typing import Any
@@ -10,7 +10,14 @@ import jax.numpy as jnp
 
 from moe_jax.kernels import tuning
 from moe_jax.kernels.grouped_gemm import SMS, from_blocks, grouped_gemm, swiglu
-from moe_jax.kernels.routing import assign_rows, combine, padded_rows, permute
+from moe_jax.kernels.routing import assign_rows, combine, cut_tiles, padded_rows, permute
+
+
+def configs(groups: int, hidden: int, inner: int, rows: int) -> tuple[tuning.Config, tuning.Config]:
+    """How the two GEMMs are run when about so many rows are spread over all groups."""
+    each = max(1, rows // groups)
+    up, down = tuning.Shape(groups, hidden, 2 * inner, each, True), tuning.Shape(groups, inner, hidden, each, False)
+    return tuning.best(up), tuning.best(down)
 
 
 def hopper_ffn(
@@ -35,16 +42,12 @@ def hopper_ffn(
     m, choices = slot.shape
     groups, hidden = gate_up.shape[1], gate_up.shape[3] * 64
     inner = down.shape[3] * 64
-    rows = max(1, round(m * choices * share / groups))
-    first = tuning.best(tuning.Shape(groups, hidden, 2 * inner, rows, True))
-    second = tuning.best(tuning.Shape(groups, inner, hidden, rows, False))
-    # Both GEMMs go by the same tiles, which must suit both.
-    block_m = min(first.block_m, second.block_m)
-    first, second = tuning.narrowed(first, block_m), tuning.narrowed(second, block_m)
-    place, tiles = assign_rows(slot, groups, block_m)
+    first, second = configs(groups, hidden, inner, round(m * choices * share))
+    place, sizes = assign_rows(slot, groups)
+    up, back = (cut_tiles(sizes, slot.size, c.block_m) for c in (first, second))
     h = permute(x, place, padded_rows(slot.size, groups), interpret=interpret)
-    h = grouped_gemm(h, gate_up, tiles, layer, first, activate=True, sms=sms, interpret=interpret)
-    y = grouped_gemm(h, down, tiles, layer, second, sms=sms, interpret=interpret)
+    h = grouped_gemm(h, gate_up, up, layer, first, activate=True, sms=sms, interpret=interpret)
+    y = grouped_gemm(h, down, back, layer, second, sms=sms, interpret=interpret)
     return combine(y, place, weights, interpret=interpret)
 
 

@@ -87,7 +87,9 @@ def paged_attention(
     n, kv_heads, rows, key_dim = q.shape
     dtype = q.dtype
     if key_dim % 64 or value_dim % 64 or keys.shape[-1] != PAGE:
-        raise ValueError(f"key dim {key_dim}, value dim {value_dim}, page {keys.shape[-1]}: expected multiples of 64, 64")
+        raise ValueError(
+            f"key dim {key_dim}, value dim {value_dim}, page {keys.shape[-1]}: expected multiples of 64, 64"
+        )
     if rows % 8 or (rows > ROWS and rows % ROWS):
         raise ValueError(f"{rows} query rows: expected a multiple of 8, from 64 on of 64")
     mode, wgs = _modes(rows, value_dim)
@@ -101,7 +103,9 @@ def paged_attention(
     page_bytes = PAGE * 2 * (key_dim + (0 if latent else value_dim))
     stages = min(8, (SHARED_MEMORY - room * ROWS * 2 * max(key_dim, value_dim)) // page_bytes)
     if mode == "pages":
-        stages -= stages % wgs  # a warpgroup counts the phases of the barriers it waits for, so each slot has one reader
+        stages -= (
+            stages % wgs
+        )  # a warpgroup counts the phases of the barriers it waits for, so each slot has one reader
     if stages < 2:
         raise ValueError(f"key dim {key_dim} and value dim {value_dim}: two pages do not fit in shared memory")
     readers = 1 if mode == "pages" else wgs  # of each page
@@ -314,7 +318,7 @@ def paged_attention_reference(
     value_dim: int,
     tokens: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same in one part, plain JAX in float32, with every sequence's pages gathered: [items, kv_heads, rows, ...]."""
+    """The same in one part, [items, kv_heads, rows, ...], plain JAX in float32, with every sequence's pages gathered."""
     rows = q.shape[2]
     f32 = jnp.float32
     k = jnp.moveaxis(keys[layer][tables[items.entry]], 1, 3).astype(f32)  # [items, kv_heads, key_dim, pages, 64]

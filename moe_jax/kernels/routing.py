@@ -22,11 +22,16 @@ def padded_rows(pairs: int, groups: int) -> int:
     return -(-(pairs + (ALIGN - 1) * min(groups, pairs)) // ALIGN) * ALIGN
 
 
-def assign_rows(slot: jax.Array, groups: int, block_m: int) -> tuple[jax.Array, Tiles]:
-    """Sort pairs by slot, stably, each group beginning at a multiple of ALIGN, and cut groups into tiles.
+def _before(counts: jax.Array) -> jax.Array:
+    """[n] int32: the sum of those before each. Pair by pair, one pass for a few hundred; a scan takes several."""
+    return jnp.where(jnp.tril(jnp.ones((counts.size, counts.size), bool), -1), counts, 0).sum(-1, dtype=jnp.int32)
+
+
+def assign_rows(slot: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """Sort pairs by slot, stably, each group beginning at a multiple of ALIGN.
 
     slot [M, C] int32 in -1..groups-1. Returns the row of each pair, [M, C] int32, -1 for no slot, below
-    `padded_rows(M * C, groups)`; and the tiles, as many as any routing may need.
+    `padded_rows(M * C, groups)`; and the groups' sizes, [groups] int32.
     """
     pairs = slot.size
     chunks = -(-pairs // CHUNK)
@@ -36,18 +41,21 @@ def assign_rows(slot: jax.Array, groups: int, block_m: int) -> tuple[jax.Array, 
     counts = (flat[:, :, None] == jnp.arange(groups)).sum(1, dtype=jnp.int32)  # [chunks, groups]
     until = jnp.cumsum(counts, axis=0)
     sizes = until[-1]
-    # Tables of a few hundred groups are summed pair by pair: one pass, where a scan takes several.
-    lower = jnp.tril(jnp.ones((groups, groups), bool), -1)
-    taken, cut = -(-sizes // ALIGN) * ALIGN, -(-sizes // block_m)
-    first, begin = jnp.where(lower, taken, 0).sum(-1), jnp.where(lower, cut, 0).sum(-1)
-    base = until - counts + first  # row of each chunk's first pair of each group
+    base = until - counts + _before(-(-sizes // ALIGN) * ALIGN)  # row of each chunk's first pair of each group
     row = rank + jnp.take_along_axis(base, jnp.maximum(flat, 0), axis=1)
     place = jnp.where(flat < 0, -1, row).reshape(-1)[:pairs].reshape(slot.shape)
+    return place, sizes
+
+
+def cut_tiles(sizes: jax.Array, pairs: int, block_m: int) -> Tiles:
+    """Tiles of at most block_m rows of groups that lie as `assign_rows` has them; as many as any routing may need."""
+    groups = sizes.size
+    first, cut = _before(-(-sizes // ALIGN) * ALIGN), -(-sizes // block_m)
+    begin = _before(cut)
     t = jnp.arange(-(-(pairs + (block_m - 1) * min(groups, pairs)) // block_m), dtype=jnp.int32)
     group = jnp.minimum((begin + cut <= t[:, None]).sum(-1, dtype=jnp.int32), groups - 1)
     done = (t - begin[group]) * block_m
-    tiles = Tiles(group, first[group] + done, jnp.minimum(sizes[group] - done, block_m), cut.sum())
-    return place, tiles
+    return Tiles(group, first[group] + done, jnp.minimum(sizes[group] - done, block_m), cut.sum())
 
 
 def permute_reference(x: jax.Array, place: jax.Array, rows: int) -> jax.Array:

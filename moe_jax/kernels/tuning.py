@@ -5,7 +5,7 @@ scripts/tune_grouped_gemm.py measures and writes the table.
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,28 +49,25 @@ def fits(c: Config, shape: Shape) -> bool:
     )
 
 
-def widths_to(most: int) -> tuple[int, ...]:
+def _widths(most: int) -> tuple[int, ...]:
     return tuple(w for w in (8, 16, 32, 64, 96, 128, 160, 192) if w <= most)
 
 
 def candidates(shape: Shape) -> list[Config]:
     """What is worth measuring for a shape, by its regime, and what serves a shape that nothing was measured for."""
     out = []
-    if shape.rows > 96:
-        for block_m, stages, buffers in ((192, 3, 1), (128, 4, 1), (128, 3, 2), (160, 3, 1)):
-            for panel in (4, 8, 16, 32):
-                out.append(Config(block_m, widths_to(block_m), 2, 1, stages, panel, buffers))
-    for block_m in (32, 64, 128):
+    if shape.rows > 96:  # bound by arithmetic
+        out.append(Config(128, _widths(128), 1, 1, 5, 8))
+        for block_m, stages, buffers in ((192, 3, 1), (128, 4, 1), (128, 3, 2)):
+            for panel in (4, 16):
+                out.append(Config(block_m, _widths(block_m), 2, 1, stages, panel, buffers))
+                out.append(Config(block_m, _widths(block_m)[1:], 2, 1, stages, panel, buffers, cluster=2))
+    for block_m in () if out else (32, 64) if shape.rows < 32 else (64, 128):
         for consumers, blocks_k in ((2, 1), (1, 1), (1, 2), (2, 2)):
             stage = blocks_k * BLOCK_K * 2 * (block_m + consumers * block_rows(shape.columns, shape.activate))
             for kilobytes in (192, 144):
-                out.append(Config(block_m, widths_to(block_m), consumers, blocks_k, kilobytes * 1024 // stage, 1))
+                out.append(Config(block_m, _widths(block_m), consumers, blocks_k, kilobytes * 1024 // stage, 1))
     return [c for c in dict.fromkeys(out) if fits(c, shape)]
-
-
-def narrowed(c: Config, block_m: int) -> Config:
-    """The same with tiles of at most `block_m` rows."""
-    return c if c.block_m == block_m else replace(c, block_m=block_m, widths=widths_to(block_m))
 
 
 @cache
@@ -108,4 +105,4 @@ def best(shape: Shape) -> Config:
     measured = [(distance(other), i, c) for i, (other, c) in enumerate(_table()) if fits(c, shape)]
     if measured:
         return min(measured)[2]
-    return (candidates(shape) or [Config(64, widths_to(64), 1, 1, 4, 1)])[0]
+    return (candidates(shape) or [Config(64, _widths(64), 1, 1, 4, 1)])[0]
