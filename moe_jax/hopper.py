@@ -38,13 +38,13 @@ def refusal(model: ModelConfig, engine: EngineConfig, kind: str, types: list[np.
 
 
 def prepare(name: str, weights: jax.Array) -> jax.Array:
-    """Expert weights [..., K, N], named as in `params`, as the kernels read them; donated."""
-    return _blocks(weights, name == "experts_gate_up")
+    """Expert weights [..., K, N], named as in `params`, as the kernels read them. Those given are deleted."""
+    blocks = _to_blocks(weights, name == "experts_gate_up")
+    weights.delete()
+    return blocks
 
 
-@partial(jax.jit, static_argnums=1, donate_argnums=0)
-def _blocks(weights: jax.Array, swiglu: bool) -> jax.Array:
-    return to_blocks(weights, swiglu)
+_to_blocks = partial(jax.jit, static_argnums=1)(to_blocks)
 
 
 def prepared_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

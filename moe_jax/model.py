@@ -17,7 +17,7 @@ from moe_jax.attention import Cache, Entries, attend, attend_gathered
 from moe_jax.config import ModelConfig, Rope
 from moe_jax.kernels import native
 from moe_jax.kernels.expert_ffn import expert_ffn, expert_ffn_reference
-from moe_jax.moe import Dispatch, moe, route
+from moe_jax.moe import Dispatch, moe, route, router_logits
 from moe_jax.reduce import ordered_sum
 from moe_jax.tiles import map_tiles
 
@@ -107,8 +107,7 @@ class Layer:
             s = self.stacks
             return native.route(x, s["mlp_norm"], s["router"], s.get("router_bias"), self.index, self.rows, c)
         h = rms_norm(x, self.params["mlp_norm"], c.rms_norm_eps)
-        logits = jnp.dot(h.astype(jnp.float32), self.params["router"], precision="highest")
-        return h, *route(c, logits, self.params.get("router_bias"))
+        return h, *route(c, router_logits(h, self.params["router"]), self.params.get("router_bias"))
 
     def by_head(self, x: jax.Array, name: str) -> jax.Array:
         """Each head's own product: [n, heads, out] of x [n, heads, in]."""

@@ -18,7 +18,7 @@ from moe_jax.config import parse_hugging_face
 from moe_jax.kernels import hopper_ffn as ffn
 from moe_jax.kernels.grouped_gemm import grouped_gemm, to_blocks
 from moe_jax.kernels.routing import assign_rows, cut_tiles, padded_rows, permute
-from moe_jax.moe import route
+from moe_jax.moe import route, router_logits
 
 MODELS = {"Qwen3-30B": (128, 2048, 768), "DSV3 at EP8": (32, 7168, 2048)}
 CHOICES = 8
@@ -40,7 +40,7 @@ def main() -> None:
 
         def whole(x: jax.Array, *w: Any, config: Any = config) -> jax.Array:
             router, gate_up, down, layer = w
-            ids, weights = route(config, x, router, None)
+            ids, weights = route(config, router_logits(x, router), None)
             return ffn.hopper_ffn(x, ids, weights, gate_up, down, layer)
 
         for rows in args.rows:
@@ -54,7 +54,7 @@ def main() -> None:
             def prepare(
                 x: jax.Array, router: jax.Array, config: Any = config, rows: int = rows, each: Any = (first, second)
             ) -> Any:
-                ids, _ = route(config, x, router, None)
+                ids, _ = route(config, router_logits(x, router), None)
                 place, sizes = assign_rows(ids, config.num_experts)
                 tiles = [cut_tiles(sizes, rows, c.block_m) for c in each]
                 return permute(x, place, padded_rows(rows, config.num_experts)), *tiles

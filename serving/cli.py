@@ -577,7 +577,7 @@ def run_key(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
 
     key, digest = draw_key()
     print(key)
-    print(f"\nfor the file of --api-keys:\n\n[{json.dumps(args.name)}]\nsha256 = \"{digest}\"", file=sys.stderr)
+    print(f'\nfor the file of --api-keys:\n\n[{json.dumps(args.name)}]\nsha256 = "{digest}"', file=sys.stderr)
     if args.admin:
         print("admin = true", file=sys.stderr)
     return 0

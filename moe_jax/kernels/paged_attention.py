@@ -318,7 +318,7 @@ def paged_attention_reference(
     value_dim: int,
     tokens: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same in one part, [items, kv_heads, rows, ...], plain JAX in float32, with every sequence's pages gathered."""
+    """The same in one part, [items, kv_heads, rows, ...]: plain JAX in float32, every sequence's pages gathered."""
     rows = q.shape[2]
     f32 = jnp.float32
     k = jnp.moveaxis(keys[layer][tables[items.entry]], 1, 3).astype(f32)  # [items, kv_heads, key_dim, pages, 64]

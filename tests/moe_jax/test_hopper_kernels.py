@@ -1,6 +1,7 @@
 """The Hopper kernels against their plain versions: interpreted on a CPU, and lowered for a GPU without one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moe_jax.checkpoint import open_checkpoint
+from moe_jax.config import ConfigError
+from moe_jax.executables import Executables, Program
 from moe_jax.kernels import tuning
 from moe_jax.kernels.grouped_gemm import (
     Config,
@@ -34,15 +38,28 @@ from moe_jax.kernels.routing import (
     permute,
     permute_reference,
 )
+from moe_jax.llm import engine_config, model_directory
+from moe_jax.mesh import ExpertMesh
+from moe_jax.programs import ProgramStore
+from tests.engines import SMALL
 
-# What was not written is NaN there, and data races are errors.
+# What was not written is NaN there.
 INTERPRET: Any = plgpu.InterpretGPUParams(detect_races=True) if hasattr(plgpu, "InterpretGPUParams") else None
 interpreted = pytest.mark.skipif(INTERPRET is None, reason="the interpreter of jax 0.10 lacks layout_cast")
 BF16 = jnp.bfloat16
 
 
 def random(seed: int, *shape: int, scale: float = 1.0, dtype: Any = BF16) -> jax.Array:
-    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape) * scale, dtype)
+
+
+def interpret(kernel: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The kernel's result as the interpreter has it, which also looks for data races, in the last kernel that ran."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # seen in jax 0.11.2; nothing public tells
+
+    found = jax.block_until_ready(kernel(*args, **options, interpret=INTERPRET))
+    assert not gpu_callbacks.get_races().races_found
+    return found
 
 
 def error(found: Any, expected: Any) -> float:
@@ -101,15 +118,19 @@ def tiles_of(sizes: list[int], block_m: int) -> tuple[np.ndarray, Any, int]:
 )
 @pytest.mark.parametrize(
     "config, activate",
-    [(Config(32, (8, 32), 2, 1, 2), True), (Config(64, (16, 64), 1, 2, 3, buffers=2), False)],
-    ids=["swiglu", "down"],
+    [
+        (Config(32, (8, 32), 2, 1, 2), True),
+        (Config(64, (16, 64), 1, 2, 3, buffers=2), False),
+        (Config(32, (16, 32), 1, 1, 2, cluster=2), False),
+    ],
+    ids=["swiglu", "down", "cluster"],
 )
 def test_grouped_gemm(config: Config, activate: bool, sizes: list[int], seed: int) -> None:
     blocks = to_blocks(random(seed, 2, len(sizes), 128, 256, scale=0.1), activate)
     rows, tiles, m = tiles_of(sizes, config.block_m)
     x = random(seed + 1, m, 128)
     args = (x, blocks, tiles, jnp.int32(1), config, activate)
-    found = grouped_gemm(*args, sms=2, interpret=INTERPRET)
+    found = interpret(grouped_gemm, *args, sms=2)
     assert error(found[rows], grouped_gemm_reference(*args)[rows]) < 4e-3
 
 
@@ -120,7 +141,7 @@ def test_grouped_gemm_of_8_bit_weights() -> None:
     blocks, scales = to_blocks(weights, True), scales_to_blocks(scale, True)
     rows, tiles, m = tiles_of([3, 20], config.block_m)
     args = (random(1, m, 256), blocks, tiles, jnp.int32(0), config, True, scales)
-    assert error(grouped_gemm(*args, sms=2, interpret=INTERPRET)[rows], grouped_gemm_reference(*args)[rows]) < 4e-3
+    assert error(interpret(grouped_gemm, *args, sms=2)[rows], grouped_gemm_reference(*args)[rows]) < 4e-3
 
 
 @pytest.mark.parametrize("activate", [True, False])
@@ -140,20 +161,27 @@ def test_permute_and_combine() -> None:
     place, _ = assign_rows(jnp.array(slot), 4)
     rows, used = padded_rows(slot.size, 4), np.asarray(place)[np.asarray(place) >= 0]
     x, weights = random(0, 6, 256), random(1, 6, 3, dtype=np.float32)
-    found = permute(x, place, rows, interpret=INTERPRET)
+    found = interpret(permute, x, place, rows)
     np.testing.assert_array_equal(found[used], permute_reference(x, place, rows)[used])
-    y = np.full((rows, 256), np.nan, BF16)
-    y[used] = random(2, len(used), 256)
-    found = combine(y, place, weights, interpret=INTERPRET)
+    y = jnp.full((rows, 256), jnp.nan, BF16).at[used].set(random(2, len(used), 256))
+    found = interpret(combine, y, place, weights)
     assert error(found, combine_reference(y, place, weights)) < 4e-3
 
 
 @interpreted
-def test_the_whole_path() -> None:
-    gate_up, down = to_blocks(random(0, 1, 3, 128, 256, scale=0.1), True), to_blocks(random(1, 1, 3, 128, 128), False)
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_whole_path(bits: int) -> None:
+    up, back = random(0, 1, 3, 128, 256, scale=0.1, dtype=np.float32), random(1, 1, 3, 128, 128, dtype=np.float32)
+    scales = None
+    if bits == 8:
+        (up, up_scale), (back, scale) = quantise(up), quantise(back)
+        scales = scales_to_blocks(up_scale, True), scales_to_blocks(scale, False)
+    else:
+        up, back = up.astype(BF16), back.astype(BF16)
+    gate_up, down = to_blocks(up, True), to_blocks(back, False)
     slot = jnp.array([[0, 2], [2, -1], [-1, -1], [2, 0]], jnp.int32)
-    args = (random(2, 4, 128), slot, random(3, 4, 2, dtype=np.float32), gate_up, down, jnp.int32(0))
-    assert error(hopper_ffn(*args, sms=2, interpret=INTERPRET), hopper_ffn_reference(*args)) < 5e-3
+    args = (random(2, 4, 128), slot, random(3, 4, 2, dtype=np.float32), gate_up, down, jnp.int32(0), 1.0, scales)
+    assert error(interpret(hopper_ffn, *args, sms=2), hopper_ffn_reference(*args)) < 5e-3
 
 
 SHAPES = {  # kv heads, query rows, tokens, key dim, value dim, whether values are in the keys
@@ -176,12 +204,12 @@ def test_paged_attention(shape: str) -> None:
     new_keys = random(2, 2, kv_heads, key_dim, 64, scale=0.3) if new else None
     new_values = random(3, 2, kv_heads, 64, value_dim) if new and not latent else None
     q = random(4, n, kv_heads, rows, key_dim)
-    tables = rng.integers(0, pages, (n, 12 if not latent else 3)).astype(np.int32)
+    tables = jnp.array(rng.integers(0, pages, (n, 12 if not latent else 3)), jnp.int32)
     # One sequence is as long as a table, so that every page's place in shared memory is used again; one sees nothing.
     seen = np.array([64 * tables.shape[1] - 3, 0], np.int32)
     items = Queries(*(jnp.array(x, jnp.int32) for x in ([0, 1], seen, [5, 5], [5, 5 + tokens])))
     args = (q, keys, values, new_keys, new_values, jnp.int32(1), tables, items, value_dim, tokens)
-    found, lse = merge(*paged_attention(*args, splits, interpret=INTERPRET))
+    found, lse = merge(*interpret(paged_attention, *args, splits))
     expected, expected_lse = paged_attention_reference(*args)
     assert error(found, expected) < 4e-3
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
@@ -213,11 +241,43 @@ def test_the_whole_path_lowers_for_a_gpu(groups: int, hidden: int, inner: int, t
     assert "stablehlo.while" not in text  # a loop whose end is data would have the host wait for it
 
 
+@pytest.mark.parametrize("prefill", [False, True])
+def test_the_step_lowers_for_a_gpu(prefill: bool) -> None:
+    checkpoint = open_checkpoint(model_directory("demo"))
+    config = engine_config(checkpoint.config, 1, "gpu", **SMALL)
+    programs = Executables.of(checkpoint, config, "NVIDIA H200", ProgramStore(None))
+    assert programs.engine.kernels == "hopper"
+    mesh, bucket = ExpertMesh((jax.devices()[0],)), next(b for b in config.buckets if b.prefill == prefill)
+    lowered = programs.step(bucket, mesh).trace(*programs.arguments(Program("step", bucket, 1), mesh))
+    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    # For each of the model's two segments: two GEMMs and decode attention, and prefill's.
+    kernels = text.count("custom_call @mosaic_gpu")
+    assert kernels == (4 if prefill else 3) * len(checkpoint.config.segments), kernels
+
+
+@pytest.mark.parametrize(
+    "kind, options, found",
+    [
+        ("NVIDIA H200", {"kernels": "reference"}, "reference"),
+        ("NVIDIA H200", {"deterministic": True}, "xla"),
+        ("NVIDIA H200", {"page_size": 32}, "xla"),
+        ("NVIDIA A100", {}, "xla"),
+    ],
+)
+def test_where_they_do_not_run(kind: str, options: dict[str, Any], found: str) -> None:
+    checkpoint = open_checkpoint(model_directory("demo"))
+    config = engine_config(checkpoint.config, 1, "gpu", **(SMALL | options))
+    assert Executables.of(checkpoint, config, kind, ProgramStore(None)).engine.kernels == found
+    if found == "xla":
+        with pytest.raises(ConfigError, match="found hopper, .* expected"):
+            Executables.of(checkpoint, replace(config, kernels="hopper"), kind, ProgramStore(None))
+
+
 @pytest.mark.parametrize("shape_", SHAPES)
 def test_paged_attention_lowers_for_a_gpu(shape_: str) -> None:
     kv_heads, rows, tokens, _, _, latent = SHAPES[shape_]
     key_dim, value_dim = (576, 512) if latent else (128, 128)
-    one = shape(32, dtype=np.int32)
+    one: Any = shape(32, dtype=np.int32)
     text = lower(
         partial(paged_attention, value_dim=value_dim, tokens=tokens, splits=2),
         shape(32, kv_heads, rows, key_dim),
@@ -238,9 +298,14 @@ def test_paged_attention_lowers_for_a_gpu(shape_: str) -> None:
     n=st.integers(1, 200).map(lambda n: 64 * n),
     rows=st.integers(1, 5000),
     activate=st.booleans(),
+    weight_bytes=st.integers(1, 2),
 )
-def test_any_shape_has_a_configuration(groups: int, k: int, n: int, rows: int, activate: bool) -> None:
-    shape = tuning.Shape(groups, k, 2 * n if activate else n, rows, activate)
+def test_any_shape_has_a_configuration(
+    groups: int, k: int, n: int, rows: int, activate: bool, weight_bytes: int
+) -> None:
+    if weight_bytes == 1:
+        k, n = 2 * k, 2 * n  # blocks of 128 by 128 have a scale
+    shape = tuning.Shape(groups, k, 2 * n if activate else n, rows, activate, weight_bytes)
     assert tuning.fits(tuning.best(shape), shape)
     assert all(tuning.fits(c, shape) for c in tuning.candidates(shape))
 
