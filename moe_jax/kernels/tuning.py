@@ -100,7 +100,7 @@ def entry(shape: Shape, config: Config, microseconds: float) -> dict[str, Any]:
 def best(shape: Shape) -> Config:
     """The configuration of the nearest measured shape, if it can run this one; else the likely one.
 
-    Near means a like number of rows a group, within a factor of 4, which decides the regime, and then like K, columns
+    Near means a like number of rows a group, within a factor of 2, which decides the regime, and then like K, columns
     and groups, all by their ratio. Raises ValueError where nothing can run it.
     """
 
@@ -118,7 +118,7 @@ def best(shape: Shape) -> Config:
         (distance(other), i, c)
         for i, (other, c) in enumerate(_table())
         if (shape.activate, shape.weight_bytes) == (other.activate, other.weight_bytes)
-        and rows_apart(other) <= math.log(4)
+        and rows_apart(other) <= math.log(2)
         and fits(c, shape)
     ]
     if near:
