@@ -24,6 +24,8 @@ def refusal(model: ModelConfig, engine: EngineConfig, kind: str, types: list[np.
     value_dim = model.latent.kv_rank if model.latent else model.head_dim
     key_dim = model.latent.kv_rank + model.latent.rope_dim if model.latent else model.head_dim
     sizes = dict(key_dim=key_dim, value_dim=value_dim, hidden=model.hidden_size, inner=model.moe_intermediate_size)
+    if jax.__version_info__ < (0, 11):
+        return f"jax {jax.__version__}, expected 0.11 or later"
     if not any(gpu in kind for gpu in GPUS):
         return f"device {kind}, expected one of {', '.join(GPUS)}"
     if engine.dtype != "bfloat16" or engine.deterministic:
