@@ -231,6 +231,7 @@ def paged_attention(
 
                 if interpret is not None:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
                     acc += jnp.dot(p16, seen_values[...], preferred_element_type=jnp.float32)
+                    plgpu.commit_smem()  # for its race detector, to which this is a read that a copy cannot wait for
                 elif width <= 128:
                     acc += pl.run_scoped(lambda r: (weigh(r), r[...])[1], plgpu.ACC((ROWS, width), jnp.float32))
                 else:

