@@ -77,7 +77,13 @@ class Executables:
             {n: prepared_dtype(t, platform) if n.startswith("experts_") else t for n, t in segment.items()}
             for segment in types["segments"]
         ]
-        kernels = choose(checkpoint.config, engine, kind, types)
+        refused = None
+        if engine.kernels == "hopper" or (engine.kernels == "auto" and kind != "cpu"):
+            from moe_jax import hopper  # Pallas takes its time to import
+
+            experts = [t for s in types["segments"] for name, t in s.items() if name.startswith("experts_")]
+            refused = hopper.refusal(checkpoint.config, engine, kind, experts)
+        kernels = choose(engine.kernels, kind, refused)
         return Executables(checkpoint.config, replace(engine, kernels=kernels), types, kind, store)
 
     def prepare(self, name: str, weights: jax.Array) -> jax.Array:
@@ -85,8 +91,8 @@ class Executables:
         if self.engine.kernels == "hopper":
             from moe_jax import hopper
 
-            return hopper.prepare(name, weights)
-        return prepare(weights)
+            return hopper.prepare(name, weights, self.call)
+        return prepare(weights, self.call)
 
     def wanted(self, ranks: int, local: int = 1) -> list[Program]:
         """What a mesh of `ranks`, `local` of them in this process, needs; most urgent first."""
@@ -266,25 +272,20 @@ class Executables:
         return write
 
 
-def choose(model: ModelConfig, engine: EngineConfig, kind: str, types: Any) -> Any:
-    """What EngineConfig.kernels comes to on a device of this kind, for a model whose parameters have these dtypes.
+def choose(kernels: str, kind: str, refused: str | None = None) -> Any:
+    """What EngineConfig.kernels comes to on a device of this kind. refused: why not Hopper's (`hopper.refusal`).
 
     Raises ConfigError where there is no such thing.
     """
-    kernels = engine.kernels
     if kernels == "native" and (kind != "cpu" or not native.available()):
         raise ConfigError(f"kernels: found native on {kind}, expected a CPU and a C++ compiler; try auto or xla")
-    if kernels not in ("auto", "hopper"):
+    if kernels == "hopper" and refused:
+        raise ConfigError(f"kernels: found hopper with {refused}; try auto or xla")
+    if kernels != "auto":
         return kernels
-    if kind == "cpu" and kernels == "auto":
+    if kind == "cpu":
         return "native" if native.available() else "xla"
-    from moe_jax import hopper  # Pallas takes its time to import
-
-    experts = [t for s in types["segments"] for name, t in s.items() if name.startswith("experts_")]
-    why_not = hopper.refusal(model, engine, kind, experts)
-    if kernels == "hopper" and why_not:
-        raise ConfigError(f"kernels: found hopper, {why_not}; try auto or xla")
-    return "xla" if why_not else "hopper"
+    return "xla" if refused else "hopper"
 
 
 def _pair(x: Any) -> bool:

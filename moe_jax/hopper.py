@@ -15,6 +15,7 @@ from moe_jax.attention import Cache, Entries
 from moe_jax.config import EngineConfig, ModelConfig
 from moe_jax.kernels.grouped_gemm import block_rows, to_blocks
 from moe_jax.kernels.paged_attention import LOG2E, PAGE, ROWS, Queries, choose_splits, merge, paged_attention
+from moe_jax.small import Call
 
 GPUS = ("H100", "H200", "H800", "H20", "GH200")  # in the name of the device
 
@@ -39,14 +40,16 @@ def refusal(model: ModelConfig, engine: EngineConfig, kind: str, types: list[np.
     return None
 
 
-def prepare(name: str, weights: jax.Array) -> jax.Array:
+def prepare(name: str, weights: jax.Array, call: Call) -> jax.Array:
     """Expert weights [..., K, N], named as in `params`, as the kernels read them. Those given are deleted."""
-    blocks = _to_blocks(weights, name == "experts_gate_up")
+    blocks = call(blocks_of, next(iter(weights.devices())), weights, swiglu=name == "experts_gate_up")
     weights.delete()
     return blocks
 
 
-_to_blocks = partial(jax.jit, static_argnums=1)(to_blocks)
+@partial(jax.jit, static_argnames="swiglu")
+def blocks_of(weights: jax.Array, swiglu: bool) -> jax.Array:
+    return to_blocks(weights, swiglu)
 
 
 def prepared_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

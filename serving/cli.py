@@ -410,9 +410,7 @@ def run_worker(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     with _bad_input():
         platform = args.platform or guess_platform(os.environ.get("JAX_PLATFORMS"))
         given = credentials(args)
-        options = worker.Options(
-            args.coordinator, args.rank, args.host, platform, args.patience, gpu=args.gpu, **given
-        )
+        options = worker.Options(args.coordinator, args.rank, args.host, platform, args.patience, gpu=args.gpu, **given)
         return asyncio.run(worker.supervise(options))
 
 

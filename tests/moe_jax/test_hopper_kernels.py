@@ -271,7 +271,7 @@ def test_where_they_do_not_run(kind: str, options: dict[str, Any], found: str) -
     config = engine_config(checkpoint.config, 1, "gpu", **(SMALL | options))
     assert Executables.of(checkpoint, config, kind, ProgramStore(None)).engine.kernels == found
     if found == "xla":
-        with pytest.raises(ConfigError, match="found hopper, .* expected"):
+        with pytest.raises(ConfigError, match="found hopper with .* expected"):
             Executables.of(checkpoint, replace(config, kernels="hopper"), kind, ProgramStore(None))
 
 

@@ -28,7 +28,9 @@ from tests.serving.test_api import PATIENT, Running, request
 
 CALLS = int(os.environ.get("HOSTILE_CALLS", "150"))
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120 + CALLS)]
-many = settings(max_examples=CALLS, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+many = settings(
+    max_examples=CALLS, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 CODE = grpc.StatusCode
 TYPES = {
