@@ -59,7 +59,7 @@ def torch_times(cases: list[dict[str, Any]]) -> None:
 
             def run(x: list[Any] = x, offsets: list[Any] = offsets, w: Any = w) -> None:
                 for a, o in zip(x, offsets, strict=True):
-                    torch._grouped_mm(a, w, offs=o, out_dtype=torch.bfloat16)
+                    torch._grouped_mm(a, w, offs=o, out_dtype=torch.bfloat16)  # pyright: ignore[reportPrivateImportUsage]
 
             run()
             torch.cuda.synchronize()
