@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
+plgpu: Any = mosaic_gpu  # of jax 0.11; 0.10, which type checks may see, has other signatures
 BLOCK_K = 64  # columns of a block of weights
 ALIGN = 8  # groups begin at multiples of so many rows
 SMS = 132  # streaming multiprocessors of an H100 or H200 SXM
@@ -335,7 +336,7 @@ def grouped_gemm(
                         for kk in range(c.blocks_k)
                     ]
                     plgpu.commit_smem()  # for its race detector, to which these are reads that a copy cannot wait for
-                    return sum(x.astype(jnp.float32) for x in both)
+                    return both[0].astype(jnp.float32) + both[1].astype(jnp.float32)
                 return pl.run_scoped(scope, plgpu.ACC((64, width), jnp.float32))
 
             def store(

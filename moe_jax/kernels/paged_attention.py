@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 from moe_jax.kernels.grouped_gemm import SMS
 
+plgpu: Any = mosaic_gpu  # of jax 0.11; 0.10, which type checks may see, has other signatures
 PAGE = 64  # positions in a page: wgmma's narrow side for scores, its depth for values
 ROWS = 64  # query rows of a warpgroup
 LOG2E = math.log2(math.e)
@@ -114,12 +115,12 @@ def paged_attention(
     group = (rows // tokens) if new_keys is not None else 1
 
     def body(*refs: Any, q_s: Any, k_s: Any, v_s: Any, l_s: Any, q_full: Any, full: Any, empty: Any, done: Any) -> None:
-        refs = list(refs)
-        q_g, k_g = refs.pop(0), refs.pop(0)
-        v_g = None if latent else refs.pop(0)
-        nk_g = None if new_keys is None else refs.pop(0)
-        nv_g = None if latent or new_keys is None else refs.pop(0)
-        table_g, entry_g, seen_g, first_g, row_g, layer_g, o_g, l_g = refs
+        given = list(refs)
+        q_g, k_g = given.pop(0), given.pop(0)
+        v_g = None if latent else given.pop(0)
+        nk_g = None if new_keys is None else given.pop(0)
+        nv_g = None if latent or new_keys is None else given.pop(0)
+        table_g, entry_g, seen_g, first_g, row_g, layer_g, o_g, l_g = given
         item, part, wg = lax.axis_index("item"), lax.axis_index("part"), lax.axis_index("wg")
         at = lax.axis_index("head")
         head, block = lax.div(at, blocks), lax.rem(at, blocks)
@@ -189,6 +190,7 @@ def paged_attention(
             by_row, square = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
             mine = wg if mode == "rows" else 0
             column = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 1, layout=square)
+            token: Any = None
             if nk_g is not None:
                 line = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 0, layout=square)
                 token = lax.div(line + (block * per_block + mine) * ROWS, jnp.int32(group))

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 from moe_jax.kernels.grouped_gemm import ALIGN, Tiles
 
+plgpu: Any = mosaic_gpu  # of jax 0.11; 0.10, which type checks may see, has other signatures
 CHUNK = 256  # pairs that are compared with one another
 LANES = 128  # threads of a warpgroup
 
