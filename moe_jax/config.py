@@ -335,7 +335,7 @@ class EngineConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; weights keep the checkpoint's type if narrower
     deterministic: bool = True  # same bits whatever the batch and the mesh; design: "Same tokens, by construction"
     # "native": in C++, for the CPU; "reference": plain JAX where there is a kernel; "auto": the fastest there are
-    kernels: Literal["auto", "native", "xla", "reference"] = "auto"
+    kernels: Literal["auto", "native", "hopper", "xla", "reference"] = "auto"
     prefix_caching: bool = True
     return_logits: bool = False  # steps also return float32 logits: for tests
     row_tile: int = field(default=16, repr=False)  # every dense product has this many rows, in every bucket
@@ -350,8 +350,8 @@ class EngineConfig:
         for name in ("max_batch", "max_prefill_rows"):
             if getattr(self, name) % self.row_tile:
                 raise ConfigError(f"{name}: expected a multiple of {self.row_tile}, found {getattr(self, name)}")
-        if self.kernels not in ("auto", "native", "xla", "reference"):
-            raise ConfigError(f"kernels: expected auto, native, xla or reference, found {self.kernels!r}")
+        if self.kernels not in ("auto", "native", "hopper", "xla", "reference"):
+            raise ConfigError(f"kernels: expected auto, native, hopper, xla or reference, found {self.kernels!r}")
         if self.slots is not None and (not isinstance(self.slots, int) or self.slots < 1):
             raise ConfigError(f"slots: expected a positive integer, found {self.slots!r}")
         if self.dtype not in ("float32", "bfloat16"):

@@ -25,7 +25,6 @@ from moe_jax.batch_input import Layout, unpack_output
 from moe_jax.checkpoint import Checkpoint, first_moe_layers, load_params, load_slots
 from moe_jax.config import Bucket, EngineConfig
 from moe_jax.executables import Executables, Program
-from moe_jax.kernels.expert_ffn import prepare
 from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs
 from moe_jax.placement import routing
 from moe_jax.request import Request, SamplingParams, TokenEvent
@@ -95,7 +94,7 @@ class Engine:
         ]
         for params in self.params:
             for segment in params["segments"]:
-                segment |= {name: prepare(a, call) for name, a in segment.items() if name.startswith("experts_")}
+                segment |= {n: programs.prepare(n, a) for n, a in segment.items() if n.startswith("experts_")}
         dtype = jnp.dtype(config.dtype)
         self.cache = {
             name: self.own.assemble(
@@ -191,7 +190,7 @@ class Engine:
         segment, at = self.params[i]["segments"][number], np.array([layer - starts[number], slot], np.int32)
         device, call = self.own.devices[i], self.programs.call
         for name, array in weights.items():
-            row = prepare(jax.device_put(array, device), call)
+            row = self.programs.prepare(name, jax.device_put(array, device))
             segment[name] = call(set_row, device, segment[name], row, at)
 
     # Requests

@@ -25,7 +25,7 @@ from moe_jax.checkpoint import Checkpoint, param_types
 from moe_jax.config import Bucket, ConfigError, EngineConfig, ModelConfig
 from moe_jax.distributed import Loaded, load_program, serialize_program
 from moe_jax.kernels import native
-from moe_jax.kernels.expert_ffn import prepared_dtype
+from moe_jax.kernels.expert_ffn import prepare, prepared_dtype
 from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs
 from moe_jax.model import Run, forward, logits
 from moe_jax.moe import AXIS, Dispatch
@@ -77,7 +77,22 @@ class Executables:
             {n: prepared_dtype(t, platform) if n.startswith("experts_") else t for n, t in segment.items()}
             for segment in types["segments"]
         ]
-        return Executables(checkpoint.config, replace(engine, kernels=choose(engine.kernels, kind)), types, kind, store)
+        refused = None
+        if engine.kernels == "hopper" or (engine.kernels == "auto" and kind != "cpu"):
+            from moe_jax import hopper  # Pallas takes its time to import
+
+            experts = [t for s in types["segments"] for name, t in s.items() if name.startswith("experts_")]
+            refused = hopper.refusal(checkpoint.config, engine, kind, experts)
+        kernels = choose(engine.kernels, kind, refused)
+        return Executables(checkpoint.config, replace(engine, kernels=kernels), types, kind, store)
+
+    def prepare(self, name: str, weights: jax.Array) -> jax.Array:
+        """Expert weights [..., in, out] as this configuration's programs want them; donated."""
+        if self.engine.kernels == "hopper":
+            from moe_jax import hopper
+
+            return hopper.prepare(name, weights, self.call)
+        return prepare(weights, self.call)
 
     def wanted(self, ranks: int, local: int = 1) -> list[Program]:
         """What a mesh of `ranks`, `local` of them in this process, needs; most urgent first."""
@@ -170,6 +185,11 @@ class Executables:
             new = attention.new_shapes(model, bucket.rows)
             return cache, {n: spec(s, engine.dtype, STACKED) for n, s in new.items()}, batch
         shapes = jax.tree.map(lambda s: s[1], stacked_shapes(model, engine.slots_for(model.num_experts)), is_leaf=_pair)
+        if self.engine.kernels == "hopper":
+            from moe_jax.hopper import prepared_shape
+
+            for s in shapes["segments"]:
+                s |= {name: prepared_shape(name, s[name]) for name in s if name.startswith("experts_")}
         params = jax.tree.map(
             lambda shape, t, p: spec(shape, t, p), shapes, self.types, param_specs(model), is_leaf=_shape
         )
@@ -252,13 +272,19 @@ class Executables:
         return write
 
 
-def choose(kernels: str, kind: str) -> Any:
-    """What EngineConfig.kernels comes to on a device of this kind. Raises ConfigError where there is no such thing."""
+def choose(kernels: str, kind: str, refused: str | None = None) -> Any:
+    """What EngineConfig.kernels comes to on a device of this kind. refused: why not Hopper's (`hopper.refusal`).
+
+    Hopper's kernels have run on an H200 one by one, but not yet in the engine, so they are to be asked for.
+    Raises ConfigError where there is no such thing.
+    """
     if kernels == "native" and (kind != "cpu" or not native.available()):
         raise ConfigError(f"kernels: found native on {kind}, expected a CPU and a C++ compiler; try auto or xla")
-    if kernels == "auto":
-        return "native" if kind == "cpu" and native.available() else "xla"
-    return kernels
+    if kernels == "hopper" and refused:
+        raise ConfigError(f"kernels: found hopper with {refused}; try auto or xla")
+    if kernels != "auto":
+        return kernels
+    return "native" if kind == "cpu" and native.available() else "xla"
 
 
 def _pair(x: Any) -> bool:

@@ -17,7 +17,7 @@ from moe_jax.attention import Cache, Entries, attend, attend_gathered
 from moe_jax.config import ModelConfig, Rope
 from moe_jax.kernels import native
 from moe_jax.kernels.expert_ffn import expert_ffn, expert_ffn_reference
-from moe_jax.moe import Dispatch, moe, route
+from moe_jax.moe import Dispatch, moe, route, router_logits
 from moe_jax.reduce import ordered_sum
 from moe_jax.tiles import map_tiles
 
@@ -36,7 +36,7 @@ class Run:
     expert_tile: int
     prefill: bool
     deterministic: bool
-    kernels: str = "xla"  # or "native", or "reference": plain JAX where there is a kernel
+    kernels: str = "xla"  # or "native", "hopper", or "reference": plain JAX where there is a kernel
     # No loop whose length is data. On a GPU the host would wait for it in the middle of the step, and XLA cannot abort
     # a lost peer's communicator while it does: "lockable.h: Check failed" (seen in jax 0.11.2).
     straight: bool = False
@@ -107,8 +107,7 @@ class Layer:
             s = self.stacks
             return native.route(x, s["mlp_norm"], s["router"], s.get("router_bias"), self.index, self.rows, c)
         h = rms_norm(x, self.params["mlp_norm"], c.rms_norm_eps)
-        logits = jnp.dot(h.astype(jnp.float32), self.params["router"], precision="highest")
-        return h, *route(c, logits, self.params.get("router_bias"))
+        return h, *route(c, router_logits(h, self.params["router"]), self.params.get("router_bias"))
 
     def by_head(self, x: jax.Array, name: str) -> jax.Array:
         """Each head's own product: [n, heads, out] of x [n, heads, in]."""
@@ -181,6 +180,11 @@ def layer(
     value_dim = c.latent.kv_rank if c.latent else c.head_dim
     if run.kernels == "native":
         a = native.attend(q, new, cache, index, position, e, value_dim, run.row_tile)
+    elif run.kernels == "hopper":
+        from moe_jax import hopper
+
+        new = hopper.finite(new)
+        a = hopper.attend(q, new, cache, index, position, e, value_dim, run.row_tile, run.prefill)
     elif run.straight:
         a = attend_gathered(q, new, cache, index, position, e, value_dim, run.row_tile, run.prefill)
     else:
@@ -212,6 +216,7 @@ def layer(
         spread=run.prefill,
         ffn=run.ffn,
         deterministic=run.deterministic,
+        hopper=run.kernels == "hopper",
     )
     return x + y, new
 

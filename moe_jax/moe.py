@@ -17,6 +17,21 @@ from moe_jax.kernels.expert_ffn import expert_ffn
 AXIS = "expert"
 
 
+def router_logits(h: jax.Array, router: jax.Array) -> jax.Array:
+    """h @ router in float32. bfloat16 rows meet the router as the sum of three bfloat16 matrices, which hold all its
+    bits: products are exact, as in float32, and a GPU's matrix units take a tenth of the time of its float32 units."""
+    if h.dtype != jnp.bfloat16:
+        return jnp.dot(h.astype(jnp.float32), router, precision="highest")
+    parts, rest = [], router
+    for _ in range(3):
+        parts.append(rest.astype(jnp.bfloat16))
+        # Without the barrier XLA would take the rounding for an identity (its excess precision).
+        rest = rest - lax.optimization_barrier(parts[-1]).astype(jnp.float32)
+    each = jnp.dot(h, jnp.concatenate(parts, axis=1), preferred_element_type=jnp.float32)
+    high, middle, low = jnp.split(each, 3, axis=1)
+    return low + middle + high
+
+
 def route(c: ModelConfig, logits: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The chosen experts of each row, best first, and their weights: int32 and float32, both [rows, top_k].
 
@@ -80,6 +95,7 @@ def moe(
     spread: bool,
     deterministic: bool,
     ffn: Callable[..., jax.Array] = expert_ffn,
+    hopper: bool = False,
 ) -> jax.Array:
     """The weighted sum of each row's experts, [T, H].
 
@@ -87,6 +103,7 @@ def moe(
     in all layers with experts, of which this is number `layer`; table [E, R] of global slots, mesh position * S + slot.
     Deterministic: each expert's output crosses the mesh on its own (adding the other ranks' zeros is exact) and the C
     of them are summed in the router's order; otherwise they are summed before, which moves C times less.
+    hopper: by `hopper_ffn` in place of `ffn`, gate_up and down being in its layout.
     """
     slots = gate_up.shape[1]
     if x.dtype == jnp.float32:  # one collective instead of three; ids are exact in float32
@@ -98,6 +115,10 @@ def moe(
     first = (lax.axis_index(AXIS) if dispatch.ranks > 1 else 0) * slots
     slot = choose_slots(all_ids, table, spread) - first
     slot = jnp.where((slot >= 0) & (slot < slots), slot, -1)
+    if hopper:
+        from moe_jax.kernels.hopper_ffn import hopper_ffn  # Pallas takes its time to import
+
+        return dispatch.reduce(hopper_ffn(everyone, slot, all_weights, gate_up, down, layer, 1 / dispatch.ranks))
     y = ffn(everyone, slot, gate_up, down, layer, tile)
     if deterministic:
         return weighted_sum(dispatch.reduce(y), weights)

@@ -29,8 +29,9 @@ from moe_jax.distributed import program_flags
 
 # The modules of this package whose source decides what is compiled.
 _SOURCES = (
-    *("attention", "batch_input", "config", "dummy_checkpoint", "executables", "kernels/expert_ffn", "kernels/native"),
-    *("mesh", "model", "moe", "params", "reduce", "sampling", "small", "tiles"),
+    *("attention", "batch_input", "config", "dummy_checkpoint", "executables", "hopper", "kernels/expert_ffn"),
+    *("kernels/native", "mesh", "model", "moe", "params", "reduce", "sampling", "small", "tiles"),
+    *(f"kernels/{name}" for name in ("grouped_gemm", "hopper_ffn", "paged_attention", "routing", "tuning")),
 )
 
 
@@ -39,6 +40,7 @@ def source_digest() -> str:
     root, digest = Path(__file__).parent, hashlib.sha256()
     for name in _SOURCES:
         digest.update((root / f"{name}.py").read_bytes())
+    digest.update((root / "kernels" / "tuned.json").read_bytes())
     return digest.hexdigest()
 
 

@@ -27,6 +27,7 @@ from serving.protos import inference_pb2_grpc as rpc
 
 _WEB = "127.0.0.1:50080"
 
+
 def picture(browser: str, target: Path) -> None:
     flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1400,900")
     command = [browser, *flags, "--virtual-time-budget=1500", f"--screenshot={target}", f"http://{_WEB}/"]

@@ -179,9 +179,7 @@ def _refuse(code: grpc.StatusCode, details: str) -> grpc.RpcMethodHandler:
     return grpc.stream_stream_rpc_method_handler(abort)  # type: ignore[arg-type]
 
 
-class _WithKey(
-    grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamStreamClientInterceptor
-):
+class _WithKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamStreamClientInterceptor):
     def __init__(self, key: str) -> None:
         self._key = key
 

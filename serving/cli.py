@@ -136,7 +136,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--load-format", choices=("auto", "dummy"), default=argparse.SUPPRESS, help="dummy: random weights, no files"
     )
     group.add_argument(
-        "--kernels", choices=("auto", "reference"), default=argparse.SUPPRESS, help="reference: plain JAX everywhere"
+        "--kernels",
+        choices=("auto", "native", "hopper", "xla", "reference"),
+        default=argparse.SUPPRESS,
+        help="reference: plain JAX everywhere (default: auto, the fastest that the device has)",
     )
 
 
@@ -409,9 +412,7 @@ def run_worker(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     with _bad_input():
         platform = args.platform or guess_platform(os.environ.get("JAX_PLATFORMS"))
         given = credentials(args)
-        options = worker.Options(
-            args.coordinator, args.rank, args.host, platform, args.patience, gpu=args.gpu, **given
-        )
+        options = worker.Options(args.coordinator, args.rank, args.host, platform, args.patience, gpu=args.gpu, **given)
         return asyncio.run(worker.supervise(options))
 
 
@@ -576,7 +577,7 @@ def run_key(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
 
     key, digest = draw_key()
     print(key)
-    print(f"\nfor the file of --api-keys:\n\n[{json.dumps(args.name)}]\nsha256 = \"{digest}\"", file=sys.stderr)
+    print(f'\nfor the file of --api-keys:\n\n[{json.dumps(args.name)}]\nsha256 = "{digest}"', file=sys.stderr)
     if args.admin:
         print("admin = true", file=sys.stderr)
     return 0

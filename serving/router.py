@@ -150,9 +150,7 @@ class Router:
         self._finishes = now, interval + 0.05 * (min(now - last, 10.0) - interval)
         reason = entry.finish_reason or "stop"
         tokens = len(entry.tokens)
-        self._metrics.ended(
-            entry.key, asked.request_id, entry.owner.name, reason, len(asked.token_ids), tokens, now
-        )
+        self._metrics.ended(entry.key, asked.request_id, entry.owner.name, reason, len(asked.token_ids), tokens, now)
 
     def _tell_to_cancel(self, told: tuple[Place, int] | None) -> None:
         if told is not None:

@@ -49,9 +49,7 @@ class VllmEngine(rpc.VllmEngineServicer):
                 for index, completion in enumerate(completions):
                     await self._tell(index, completion, request.stream, context)
 
-    async def _tell(
-        self, index: int, completion: Completion, stream: bool, context: grpc.aio.ServicerContext
-    ) -> None:
+    async def _tell(self, index: int, completion: Completion, stream: bool, context: grpc.aio.ServicerContext) -> None:
         prompt = len(completion.entry.asked.token_ids)
         if stream:
             async for part in completion.follow(0):

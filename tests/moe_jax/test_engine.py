@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax.executables import Executables, Program, compilations
+from moe_jax.kernels.hopper_ffn import hopper_ffn_reference
+from moe_jax.kernels.paged_attention import paged_attention_reference
 from moe_jax.mesh import ExpertMesh
 from moe_jax.programs import ProgramStore
 from tests.engines import make_engine, request, run
@@ -58,6 +60,27 @@ def test_without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(ranks=2, warm_up=False)
     assert run(engine, requests) == tokens
     assert engine.logits.keys() == expected.logits.keys()
+    for key, logits in engine.logits.items():
+        np.testing.assert_allclose(logits, expected.logits[key], atol=1e-4)
+
+
+def test_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step as it is around the kernels of a Hopper GPU, with their plain versions: the same up to rounding."""
+
+    def paged_attention(*args: Any) -> tuple[jax.Array, jax.Array]:
+        out, lse = paged_attention_reference(*args[:-1])  # without the number of parts
+        return out[:, None], lse[:, None]
+
+    requests = [request(f"r{i}", [7 + i] * n, 3) for i, n in enumerate((5, 30, 70))]
+    expected = make_engine(ranks=2)
+    tokens = run(expected, requests)
+    monkeypatch.setattr("moe_jax.executables.choose", lambda *args: "hopper")
+    monkeypatch.setattr("moe_jax.executables.prepared_dtype", lambda dtype, platform: dtype)
+    monkeypatch.setattr("moe_jax.kernels.hopper_ffn.hopper_ffn", hopper_ffn_reference)
+    monkeypatch.setattr("moe_jax.hopper.paged_attention", paged_attention)
+    monkeypatch.setattr("tests.engines.PROGRAMS", ProgramStore(None))
+    engine = make_engine(ranks=2, warm_up=False)
+    assert run(engine, requests) == tokens
     for key, logits in engine.logits.items():
         np.testing.assert_allclose(logits, expected.logits[key], atol=1e-4)
 

@@ -226,5 +226,3 @@ def test_operators_from_the_command_line(guarded, files, tmp_path, capsys, monke
     assert main(["status", *given, "--api-key", str(tmp_path / "key")]) == 0
     monkeypatch.setenv("MOE_JAX_API_KEY", BOB)
     assert main(["status", *given]) == 0 and "SERVING" in capsys.readouterr().out
-
-

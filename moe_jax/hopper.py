@@ -1,0 +1,150 @@
+"""The step on a Hopper GPU: which engines run the kernels, expert weights at load, and attention of a step's rows.
+
+Like everything on a GPU it has no loop whose length is data (see `Run.straight`): grids and shapes are a bucket's, and
+kernels read counts on the device. Imported where it is used, because Pallas takes its time to import.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from moe_jax.attention import Cache, Entries
+from moe_jax.config import EngineConfig, ModelConfig
+from moe_jax.kernels.grouped_gemm import block_rows, to_blocks
+from moe_jax.kernels.paged_attention import LOG2E, PAGE, ROWS, Queries, choose_splits, merge, paged_attention
+from moe_jax.small import Call
+
+GPUS = ("H100", "H200", "H800", "H20", "GH200")  # in the name of the device
+
+
+def refusal(model: ModelConfig, engine: EngineConfig, kind: str, types: list[np.dtype]) -> str | None:
+    """Why the kernels cannot run this configuration on devices of this kind, if so. types: of the expert weights."""
+    value_dim = model.latent.kv_rank if model.latent else model.head_dim
+    key_dim = model.latent.kv_rank + model.latent.rope_dim if model.latent else model.head_dim
+    sizes = dict(key_dim=key_dim, value_dim=value_dim, hidden=model.hidden_size, inner=model.moe_intermediate_size)
+    if jax.__version_info__ < (0, 11):
+        return f"jax {jax.__version__}, expected 0.11 or later"
+    if not any(gpu in kind for gpu in GPUS):
+        return f"device {kind}, expected one of {', '.join(GPUS)}"
+    if engine.dtype != "bfloat16" or engine.deterministic:
+        return f"dtype {engine.dtype}, deterministic {engine.deterministic}, expected bfloat16 and False"
+    if engine.page_size != PAGE:
+        return f"page_size {engine.page_size}, expected {PAGE}"
+    if odd := {name: size for name, size in sizes.items() if size % 64}:
+        return f"{odd}, expected multiples of 64"
+    if odd := {str(t) for t in types if t != jnp.bfloat16}:
+        return f"expert weights in {', '.join(sorted(odd))}, expected bfloat16"
+    return None
+
+
+def prepare(name: str, weights: jax.Array, call: Call) -> jax.Array:
+    """Expert weights [..., K, N], named as in `params`, as the kernels read them. Those given are deleted."""
+    blocks = call(blocks_of, next(iter(weights.devices())), weights, swiglu=name == "experts_gate_up")
+    weights.delete()
+    return blocks
+
+
+@partial(jax.jit, static_argnames="swiglu")
+def blocks_of(weights: jax.Array, swiglu: bool) -> jax.Array:
+    return to_blocks(weights, swiglu)
+
+
+def prepared_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that `prepare` gives."""
+    *lead, k, n = shape
+    b = block_rows(n, name == "experts_gate_up")
+    return (*lead, n // b, k // 64, b, 64)
+
+
+def finite(new: Cache) -> Cache:
+    """What a step adds to the cache, with zeros for what is not finite: pages are multiplied whole, and what a row must
+    not see is weighted with zero, so nobody's NaN may lie in a page that others will get."""
+    return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), new)
+
+
+def _padded_groups(groups: int, tokens: int) -> int:
+    """Query heads of a kv head, padded so that an item's rows are a multiple of 8, from 64 on of 64."""
+    fits = (g for g in range(groups, groups + ROWS) if tokens * g % (8 if tokens * g <= ROWS else ROWS) == 0)
+    return next(fits)
+
+
+def attend(
+    q: jax.Array,
+    new: Cache,
+    cache: Cache,
+    layer: jax.Array,
+    position: jax.Array,
+    e: Entries,
+    value_dim: int,
+    row_tile: int,
+    prefill: bool,
+) -> jax.Array:
+    """As `attention.attend`, up to rounding. `new` must be finite."""
+    rows, heads, key_dim = q.shape
+    kv_heads = cache["k"].shape[2]
+    groups = heads // kv_heads
+    grouped = q.reshape(rows, kv_heads, groups, key_dim)
+
+    def see(
+        queries: jax.Array, tokens: int, items: Queries, nk: jax.Array | None, nv: jax.Array | None, splits: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """queries [items, tokens, kv_heads, groups, key_dim]. Returns rows [items * tokens, kv_heads, groups, ...]."""
+        n, wide = queries.shape[0], _padded_groups(groups, tokens)
+        queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, wide - groups), (0, 0)))
+        queries = queries.swapaxes(1, 2).reshape(n, kv_heads, tokens * wide, key_dim)
+        out, lse = merge(
+            *paged_attention(
+                queries, cache["k"], cache.get("v"), nk, nv, layer, e.tables, items, value_dim, tokens, splits
+            )
+        )
+
+        def by_row(x: jax.Array) -> jax.Array:
+            x = x.reshape(n, kv_heads, tokens, wide, *x.shape[3:]).swapaxes(1, 2)
+            return x.reshape(n * tokens, *x.shape[2:])[:, :, :groups]
+
+        return by_row(out), by_row(lse)
+
+    # Decode rows are entries of the same numbers.
+    n = min(rows, e.tables.shape[0])
+    i = jnp.arange(n, dtype=jnp.int32)
+    items = Queries(i, jnp.where(i < e.num_decode, position[:n], 0), i, i)
+    blocks = kv_heads * -(-_padded_groups(groups, 1) // ROWS)
+    out, lse = see(grouped[:n, None], 1, items, None, None, choose_splits(n, blocks, e.tables.shape[1]))
+    if prefill:
+        pages = -(-rows // PAGE)
+
+        def paged(x: jax.Array) -> jax.Array:  # [pages, kv_heads, 64, dim]
+            x = jnp.pad(x, ((0, pages * PAGE - rows), (0, 0), (0, 0)))
+            return x.reshape(pages, PAGE, *x.shape[1:]).swapaxes(1, 2)
+
+        tile = jnp.arange(rows // row_tile, dtype=jnp.int32)
+        live = (tile >= (e.num_decode + row_tile - 1) // row_tile) & (tile < e.num_tiles)
+        row = tile * row_tile
+        items = Queries(
+            e.tile_entry,
+            jnp.where(live, e.start[e.tile_entry], 0),
+            jnp.where(live, e.first_row[e.tile_entry], row),
+            row,
+        )
+        nv = paged(new["v"]) if "v" in new else None
+        tiled = see(
+            grouped.reshape(-1, row_tile, *grouped.shape[1:]), row_tile, items, paged(new["k"]).swapaxes(2, 3), nv, 1
+        )
+        decode = jnp.arange(rows) < e.num_decode
+
+        def choose(few: jax.Array, all_rows: jax.Array) -> jax.Array:
+            few = jnp.pad(few, ((0, rows - n),) + ((0, 0),) * (few.ndim - 1))
+            return jnp.where(decode.reshape(-1, *[1] * (few.ndim - 1)), few, all_rows)
+
+        out, lse = choose(out, tiled[0]), choose(lse, tiled[1])
+    # Last, every row sees itself.
+    own_k = new["k"][:, :, None].astype(jnp.float32)
+    own_v = new["v"][:, :, None] if "v" in new else own_k[..., :value_dim]
+    s = (grouped.astype(jnp.float32) * own_k).sum(-1) * LOG2E
+    top = jnp.maximum(lse, s)
+    before, itself = jnp.exp2(lse - top)[..., None], jnp.exp2(s - top)[..., None]
+    y = (out * before + own_v.astype(jnp.float32) * itself) / (before + itself)
+    return lax.reshape(y.astype(q.dtype), (rows, heads, value_dim))

@@ -1,0 +1,394 @@
+"""Grouped GEMM for Hopper: the rows of each group times that group's weights, optionally through SwiGLU.
+
+Weights take wgmma's 64-row side and tokens the narrow one, so one body serves both regimes: a tile of 8 rows costs 8
+rows in decode, which is bound by reading weights, and a group's last tile in prefill costs what it holds rounded up to
+one of a few widths. A producer warpgroup keeps a ring of TMA loads running across tiles; one or two consumers multiply.
+
+Weights are kept in blocks that a single copy of consecutive bytes brings in, see `to_blocks`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+plgpu: Any = mosaic_gpu  # of jax 0.11; 0.10, which type checks may see, has other signatures
+BLOCK_K = 64  # columns of a block of weights
+ALIGN = 8  # groups begin at multiples of so many rows
+SMS = 132  # streaming multiprocessors of an H100 or H200 SXM
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the kernel is run; `tuning` knows which is best for a shape."""
+
+    block_m: int  # most rows of a tile; a multiple of 8
+    widths: tuple[int, ...]  # rows a tile may be rounded up to, ascending, the last being block_m
+    consumers: int = 2  # warpgroups that multiply, each with a block of weights of its own
+    blocks_k: int = 1  # blocks of weights in a stage, along K
+    stages: int = 4
+    panel: int = 8  # row tiles that are visited together with all columns, for the L2 cache
+    buffers: int = 1  # for results on their way out, a warpgroup
+    cluster: int = 1  # blocks of threads that share the copies of a tile's rows, each with columns of its own
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tiles:
+    """Which rows belong to which group, cut into tiles. Those from `count` on are not looked at."""
+
+    group: jax.Array  # [tiles] int32
+    row: jax.Array  # [tiles] int32, first row, a multiple of ALIGN
+    size: jax.Array  # [tiles] int32, rows, 1 to block_m
+    count: jax.Array  # [] int32
+
+
+def block_rows(columns: int, swiglu: bool) -> int:
+    """Output columns in a block of weights, gate and up counted apart."""
+    return 128 if swiglu or columns % 128 == 0 else 64
+
+
+def to_blocks(weights: jax.Array, swiglu: bool) -> jax.Array:
+    """[..., K, N] as the kernel reads it: [..., N / B, K / 64, B, 64], B consecutive columns (`block_rows`) a block,
+    contiguous and K-major. With `swiglu`, N is gates, then as many ups, and a block is 64 of the one and of the other.
+
+    Raises ValueError unless K and N are multiples of 64, and of 128 for N with `swiglu`.
+    """
+    *lead, k, n = weights.shape
+    if k % BLOCK_K or n % (128 if swiglu else 64):
+        raise ValueError(f"weights [{k}, {n}]: expected a multiple of 64 and of {128 if swiglu else 64}")
+    b, d = block_rows(n, swiglu), len(lead)
+    keep = tuple(range(d))
+    if swiglu:
+        parts = weights.reshape(*lead, k // BLOCK_K, BLOCK_K, 2, n // 128, 64)
+        order = (d + 3, d, d + 2, d + 4, d + 1)
+    else:
+        parts = weights.reshape(*lead, k // BLOCK_K, BLOCK_K, n // b, b)
+        order = (d + 2, d, d + 3, d + 1)
+    return parts.transpose(*keep, *order).reshape(*lead, n // b, k // BLOCK_K, b, BLOCK_K)
+
+
+def from_blocks(blocks: jax.Array, swiglu: bool) -> jax.Array:
+    """The inverse of `to_blocks`."""
+    *lead, nb, kb, b, _ = blocks.shape
+    d = len(lead)
+    keep = tuple(range(d))
+    if swiglu:
+        parts = blocks.reshape(*lead, nb, kb, 2, 64, BLOCK_K)
+        order = (d + 1, d + 4, d + 2, d, d + 3)
+    else:
+        parts, order = blocks, (d + 1, d + 3, d, d + 2)
+    return parts.transpose(*keep, *order).reshape(*lead, kb * BLOCK_K, nb * b)
+
+
+def scales_to_blocks(scales: jax.Array, swiglu: bool) -> jax.Array:
+    """Scales of 128 by 128 weights, [..., K / 128, N / 128], as the kernel reads them: [..., N / B, B / 64, K / 128].
+
+    A scale of what is 64 columns of a block. With `swiglu`, N is gates, then ups, each a multiple of 128.
+    """
+    *lead, k, n = scales.shape
+    d = len(lead)
+    turned = jnp.swapaxes(scales, -1, -2)
+    if not swiglu:
+        return jnp.broadcast_to(turned[..., None, :], (*lead, n, 2, k))
+    halves = turned.reshape(*lead, 2, n // 2, k)
+    return jnp.repeat(jnp.moveaxis(halves, d, d + 1), 2, axis=d)
+
+
+def dequantise(blocks: jax.Array, scales: jax.Array) -> jax.Array:
+    """float32 blocks of 8-bit blocks and `scales_to_blocks`."""
+    b = blocks.shape[-2]
+    each = jnp.repeat(jnp.repeat(jnp.swapaxes(scales, -1, -2), 2, axis=-2), 64, axis=-1)  # [..., N / B, K / 64, B]
+    return blocks.astype(jnp.float32) * each[..., :b, None]
+
+
+def quantise(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., K, N], multiples of 128, as float8_e4m3fn and float32 scales [..., K / 128, N / 128] of 128 by 128 blocks,
+    as DeepSeek-V3's checkpoints have them (arXiv 2412.19437, section 3.3.2)."""
+    *lead, k, n = weights.shape
+    tiles = weights.astype(jnp.float32).reshape(*lead, k // 128, 128, n // 128, 128)
+    scale = jnp.abs(tiles).max((-3, -1)) / float(jnp.finfo(jnp.float8_e4m3fn).max)
+    scale = jnp.where(scale == 0, 1, scale)
+    return (tiles / scale[..., :, None, :, None]).astype(jnp.float8_e4m3fn).reshape(weights.shape), scale
+
+
+def swiglu(x: jax.Array) -> jax.Array:
+    gate, up = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def grouped_gemm_reference(
+    x: jax.Array,
+    blocks: jax.Array,
+    tiles: Tiles,
+    layer: jax.Array,
+    config: Config,
+    activate: bool = False,
+    scales: jax.Array | None = None,
+) -> jax.Array:
+    """Plain JAX, in float32; rows of no tile come out as zeros."""
+    del config
+    wide = blocks[layer].astype(jnp.float32) if scales is None else dequantise(blocks[layer], scales[layer])
+    w = from_blocks(wide, activate)
+    rows = jnp.arange(x.shape[0])
+    live = jnp.arange(tiles.group.shape[0]) < tiles.count
+    inside = (rows >= tiles.row[:, None]) & (rows < (tiles.row + tiles.size)[:, None]) & live[:, None]
+    group = jnp.where(inside.any(0), tiles.group[inside.argmax(0)], -1)
+    y = jnp.einsum("mk,gkn->mgn", jnp.where((group >= 0)[:, None], x, 0).astype(jnp.float32), w, precision="highest")
+    y = jnp.take_along_axis(y, jnp.maximum(group, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where((group >= 0)[:, None], swiglu(y) if activate else y, 0).astype(x.dtype)
+
+
+def _transforms(columns: int, dtype: Any) -> tuple[Any, Any]:
+    bits = columns * jnp.dtype(dtype).itemsize * 8
+    swizzle = plgpu.find_swizzle(bits)
+    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def grouped_gemm(
+    x: jax.Array,
+    blocks: jax.Array,
+    tiles: Tiles,
+    layer: jax.Array,
+    config: Config,
+    activate: bool = False,
+    scales: jax.Array | None = None,
+    *,
+    sms: int = SMS,
+    interpret: Any = None,
+) -> jax.Array:
+    """y[r] = x[r] @ weights of r's group, or SwiGLU of that; rows of no tile keep what was in memory.
+
+    x [M, K] bfloat16, M a multiple of 8; blocks [L, G, N / B, K / 64, B, 64], see `to_blocks`, bfloat16, or
+    float8_e4m3fn with `scales` as `scales_to_blocks` gives them (then stages are of 128 columns: config.blocks_k 2);
+    layer [] int32. Returns [M, N], or [M, N / 2] with `activate`, bfloat16, accumulated in float32.
+    """
+    m, k = x.shape
+    layers, groups, nb, kb, b, _ = blocks.shape
+    c = config
+    if k != kb * BLOCK_K:
+        raise ValueError(f"x has {k} columns, expected {kb * BLOCK_K}: the weights' rows")
+    if nb % (c.consumers * c.cluster) or kb % c.blocks_k or c.blocks_k * b > 256:
+        raise ValueError(f"{c}: does not divide {nb} x {kb} blocks of {b} x {BLOCK_K}")
+    if (scales is not None) != (blocks.dtype == jnp.float8_e4m3fn) or (scales is not None and c.blocks_k != 2):
+        raise ValueError(
+            f"weights {blocks.dtype}, blocks_k {c.blocks_k}: expected float8_e4m3fn and 2 with scales only"
+        )
+    if layers * groups * nb * kb * b >= 2**31:
+        raise ValueError(f"weights {blocks.shape}: more than 2^31 rows of blocks; keep fewer layers in an array")
+    if m % ALIGN or c.block_m % ALIGN or c.widths[-1] != c.block_m:
+        raise ValueError(f"{m} rows and {c}: expected multiples of {ALIGN}, the last of widths being block_m")
+    pieces = 1 if activate else b // 64  # 64 output columns each
+    columns, kt, dtype = nb * pieces * 64, kb // c.blocks_k, x.dtype
+    across, clusters = nb // (c.consumers * c.cluster), sms // c.cluster
+    halves = b // 64
+    shared = "block" if c.cluster > 1 else None
+    widths = [(low, high) for low, high in zip((0, *c.widths), c.widths, strict=False)]
+
+    def place(t: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Row tile and column tile of the t-th tile: panels of row tiles, and in them column by column."""
+        panel = lax.div(t, c.panel * across)
+        r = t - panel * c.panel * across
+        high = jnp.maximum(jnp.minimum(c.panel, count - panel * c.panel), 1)  # no tile at all is also a count
+        return panel * c.panel + lax.rem(r, high), lax.div(r, high)
+
+    def body(*refs: Any, xs: Any, ws: Any, ys: Any, full: Any, empty: Any) -> None:
+        x_g, w_g, *scale_g, group_g, row_g, size_g, head_g, y_g = refs
+        wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
+        count, layer = head_g[0], head_g[1]
+        mine = lax.div(count * across - sm + clusters - 1, clusters)
+
+        def tile(i: jax.Array) -> tuple[jax.Array, ...]:
+            """Column tile, first row, rows and group of the i-th of this block's tiles, or of any if there is none:
+            asked for a tile ahead, so that nobody waits for it."""
+            mi, ni = place(jnp.minimum(sm + i * clusters, jnp.maximum(count * across - 1, 0)), count)
+            if c.cluster > 1:
+                ni = ni * c.cluster + lax.axis_index("block")
+            return ni, row_g[mi], size_g[mi], group_g[mi]
+
+        @pl.when(wg == c.consumers)
+        def produce() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+
+            def per_tile(i: jax.Array, this: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                ahead = tile(i + 1)
+                ni, row, size, group = this
+                first = ((layer * groups + group) * nb + ni * c.consumers) * kb * b
+
+                def per_stage(ki: jax.Array, _: None) -> None:
+                    step = i * kt + ki
+                    slot = lax.rem(step, c.stages)
+
+                    @pl.when(step >= c.stages)
+                    def _() -> None:
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    for j in range(c.consumers):
+                        at = first + (j * kb + ki * c.blocks_k) * b
+                        plgpu.copy_gmem_to_smem(w_g.at[pl.ds(at, c.blocks_k * b)], ws.at[slot, j], full.at[slot])
+                    for low, high in widths:
+
+                        @pl.when((size > low) & (size <= high))
+                        def _(high: int = high) -> None:
+                            for kk in range(c.blocks_k):
+                                from_ = x_g.at[pl.ds(row, high), pl.ds((ki * c.blocks_k + kk) * BLOCK_K, BLOCK_K)]
+                                plgpu.copy_gmem_to_smem(
+                                    from_, xs.at[slot, kk, pl.ds(0, high)], full.at[slot], collective_axes=shared
+                                )
+
+                lax.fori_loop(0, kt, per_stage, None)
+                return ahead
+
+            lax.fori_loop(0, mine, per_tile, tile(jnp.int32(0)))
+
+            def drain(j: jax.Array, _: None) -> None:
+                @pl.when(mine * kt > j)
+                def _() -> None:
+                    plgpu.barrier_wait(empty.at[lax.rem(mine * kt - 1 - j, c.stages)])
+
+            lax.fori_loop(0, c.stages, drain, None)
+
+        @pl.when(wg < c.consumers)
+        def consume() -> None:
+            plgpu.set_max_registers(232, action="increase")
+
+            def per_tile(i: jax.Array, this: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                ahead = tile(i + 1)
+                ni, row, size, group = this
+                for low, high in widths:
+
+                    @pl.when((size > low) & (size <= high))
+                    def _(low: int = low, high: int = high) -> None:
+                        if scales is None:
+                            store(multiply(i, high), ni, row, size, low, high)
+                        else:
+                            block = (layer * groups + group) * nb + ni * c.consumers + wg
+                            store(multiply_scaled(i, high, block), ni, row, size, low, high)
+
+                return ahead
+
+            def multiply(i: jax.Array, width: int) -> list[jax.Array]:
+                """Each 64 rows of weights times the i-th tile's rows, transposed."""
+
+                def scope(*accs: Any) -> list[jax.Array]:
+                    def per_stage(ki: jax.Array, _: None) -> None:
+                        step = i * kt + ki
+                        slot = lax.rem(step, c.stages)
+                        plgpu.barrier_wait(full.at[slot])
+                        for kk in range(c.blocks_k):
+                            for h, acc in enumerate(accs):
+                                plgpu.wgmma(
+                                    acc,
+                                    ws.at[slot, wg, pl.ds(kk * b + h * 64, 64)],
+                                    xs.at[slot, kk, pl.ds(0, width)].T,
+                                )
+                        plgpu.wgmma_wait(halves * c.blocks_k)  # the stage before this one has been read
+
+                        @pl.when(ki > 0)
+                        def _() -> None:
+                            plgpu.barrier_arrive(empty.at[lax.rem(step + c.stages - 1, c.stages)])
+
+                    lax.fori_loop(0, kt, per_stage, None)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(empty.at[lax.rem((i + 1) * kt - 1, c.stages)])
+                    return [acc[...] for acc in accs]
+
+                return pl.run_scoped(scope, *[plgpu.ACC((64, width), jnp.float32)] * halves)
+
+            def multiply_scaled(i: jax.Array, width: int, block: jax.Array) -> list[jax.Array]:
+                """The same with 8-bit weights, widened in registers, which is exact; a stage's sum gets its scale."""
+
+                def scale(ki: jax.Array) -> list[jax.Array]:
+                    return [scale_g[0][(block * halves + h) * kt + jnp.minimum(ki, kt - 1)] for h in range(halves)]
+
+                def per_stage(ki: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+                    sums, now = state
+                    ahead = scale(ki + 1)
+                    slot = lax.rem(i * kt + ki, c.stages)
+                    plgpu.barrier_wait(full.at[slot])
+                    parts = [product(slot, h, width) for h in range(halves)]
+                    plgpu.barrier_arrive(empty.at[slot])
+                    return [a + part * s for a, part, s in zip(sums, parts, now, strict=True)], ahead
+
+                zeros = plgpu.layout_cast(jnp.zeros((64, width), jnp.float32), plgpu.Layout.WGMMA)
+                return lax.fori_loop(0, kt, per_stage, ([zeros] * halves, scale(jnp.int32(0))))[0]
+
+            def product(slot: jax.Array, h: int, width: int) -> jax.Array:
+                def scope(acc: Any) -> jax.Array:
+                    for kk in range(c.blocks_k):
+                        from_ = ws.at[slot, wg, pl.ds(kk * b + h * 64, 64)]
+                        w = plgpu.load(from_, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+                        # Hopper widens to float16 in one instruction, and from there in two; to bfloat16 in none.
+                        w = plgpu.layout_cast(
+                            w.astype(jnp.float16).astype(jnp.float32).astype(dtype), plgpu.Layout.WGMMA
+                        )
+                        plgpu.wgmma(acc, w, xs.at[slot, kk, pl.ds(0, width)].T)
+                    plgpu.wgmma_wait(0)
+                    return acc[...]
+
+                if interpret is not None:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
+                    both = [
+                        jnp.dot(ws[slot, wg, pl.ds(kk * b + h * 64, 64)].astype(dtype), xs[slot, kk, pl.ds(0, width)].T)
+                        for kk in range(c.blocks_k)
+                    ]
+                    plgpu.commit_smem()  # for its race detector, to which these are reads that a copy cannot wait for
+                    return both[0].astype(jnp.float32) + both[1].astype(jnp.float32)
+                return pl.run_scoped(scope, plgpu.ACC((64, width), jnp.float32))
+
+            def store(
+                out: list[jax.Array], ni: jax.Array, row: jax.Array, size: jax.Array, low: int, width: int
+            ) -> None:
+                if activate:
+                    gate, up = out
+                    r = lax.rsqrt(1 + jnp.exp(-gate))  # a quotient would be IEEE's, which takes ten times as long
+                    out = [gate * r * r * up]
+                for p, y in enumerate(out):
+                    buffer = p % c.buffers
+                    if buffer == 0:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    ys.at[wg, buffer, pl.ds(0, width)].T[...] = y.astype(dtype)
+                    plgpu.commit_smem()
+                    column = ((ni * c.consumers + wg) * pieces + p) * 64
+                    # A copy's shape is static: what every tile of this width has, then eights as far as it goes.
+                    for at in dict.fromkeys((0, *range(low, width, ALIGN))):
+                        rows = low if at == 0 and low else ALIGN
+
+                        @pl.when(size > at)
+                        def _(at: int = at, rows: int = rows, column: jax.Array = column, buffer: int = buffer) -> None:
+                            to = y_g.at[pl.ds(row + at, rows), pl.ds(column, 64)]
+                            plgpu.copy_smem_to_gmem(ys.at[wg, buffer, pl.ds(at, rows)], to)
+
+            lax.fori_loop(0, mine, per_tile, tile(jnp.int32(0)))
+            plgpu.wait_smem_to_gmem(0)
+
+    stage = (c.stages, c.consumers)
+    run = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((m, columns), dtype),
+        grid=(clusters,),
+        grid_names=("sm",),
+        cluster=(c.cluster,) if shared else (),
+        cluster_names=(shared,) if shared else (),
+        num_threads=c.consumers + 1,
+        thread_name="wg",
+        scratch_types=dict(
+            xs=plgpu.SMEM((c.stages, c.blocks_k, c.block_m, BLOCK_K), dtype, transforms=_transforms(BLOCK_K, dtype)),
+            ws=plgpu.SMEM((*stage, c.blocks_k * b, BLOCK_K), blocks.dtype, transforms=_transforms(64, blocks.dtype)),
+            ys=plgpu.SMEM((c.consumers, c.buffers, c.block_m, 64), dtype, transforms=_transforms(64, dtype)),
+            full=plgpu.Barrier(num_arrivals=c.consumers + c.blocks_k, num_barriers=c.stages),
+            empty=plgpu.ClusterBarrier(collective_axes=(shared,), num_arrivals=c.consumers, num_barriers=c.stages)
+            if shared
+            else plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.stages),
+        ),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    head = jnp.stack([tiles.count, layer]).astype(jnp.int32)
+    weights = (blocks.reshape(-1, BLOCK_K), *(() if scales is None else (scales.reshape(-1),)))
+    return run(x, *weights, tiles.group, tiles.row, tiles.size, head)

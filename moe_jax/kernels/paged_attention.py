@@ -1,0 +1,360 @@
+"""Attention over the pages of the KV cache for Hopper, for decode rows and prefill tiles, grouped-query and latent.
+
+A block of threads takes up to 64 query rows for each of its warpgroups (the heads of a group, of one token or of
+several) and visits pages of 64 positions, which copies bring in a few ahead. Long contexts are split over blocks.
+What it returns is normalised, with the logarithm of what was summed, so that parts can be put together (`merge`).
+Online softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867); split contexts: Flash-Decoding (Dao et al. 2023).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+from moe_jax.kernels.grouped_gemm import SMS
+
+plgpu: Any = mosaic_gpu  # of jax 0.11; 0.10, which type checks may see, has other signatures
+PAGE = 64  # positions in a page: wgmma's narrow side for scores, its depth for values
+ROWS = 64  # query rows of a warpgroup
+LOG2E = math.log2(math.e)
+UNSEEN = -1e30  # a finite start, so that a row that sees nothing stays finite
+SHARED_MEMORY = 222 * 1024  # bytes for queries and pages; barriers and alignment take the rest of 227 KiB
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Queries:
+    """What each item, consecutive tokens of a sequence, may see. All [items] int32."""
+
+    entry: jax.Array  # row of the block tables
+    seen: jax.Array  # positions before it are in the cache and seen by all of the item; 0 for an item of no use
+    first: jax.Array  # the sequence's first row in this step
+    row: jax.Array  # the item's first row in this step; token t also sees rows first to row + t - 1
+
+
+Mode = Literal["pages", "rows", "values"]
+
+
+def _modes(rows: int, value_dim: int) -> tuple[Mode, int]:
+    """What the warpgroups of a block share out, and how many there are."""
+    if value_dim > 256:
+        return "values", 2  # accumulators of 512 columns do not fit one warpgroup
+    if rows <= ROWS:
+        return "pages", 2
+    return "rows", 2 if rows % (2 * ROWS) == 0 else 1
+
+
+def choose_splits(items: int, blocks: int, most: int) -> int:
+    """Parts of a context, of at least two pages each where it is as long as it can be, that fill the processor best."""
+
+    def filled(splits: int) -> float:
+        n = items * blocks * splits
+        return n / (-(-n // SMS) * SMS) - 0.01 * splits
+
+    return max(range(1, max(2, min(16, most // 2) + 1)), key=filled)
+
+
+def paged_attention(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array | None,
+    new_keys: jax.Array | None,
+    new_values: jax.Array | None,
+    layer: jax.Array,
+    tables: jax.Array,
+    items: Queries,
+    value_dim: int,
+    tokens: int,
+    splits: int = 1,
+    *,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Each item's queries over what it may see, in parts.
+
+    q [items, kv_heads, rows, key_dim] bfloat16, scaled; rows are `tokens` times the query heads of a kv head, token by
+    token, and then padding up to a multiple of 8, from 64 on of 64. keys [L, pages, kv_heads, key_dim, 64] and values
+    [L, pages, kv_heads, 64, value_dim], or None where values are the first value_dim numbers of the keys; new_keys and
+    new_values [pages, kv_heads, ...] hold the rows of this step in order, 64 a page, or None where no item sees any.
+    layer [] int32; tables [entries, pages] int32. Key and value dims must be multiples of 64. Nothing may be NaN.
+
+    Returns, for S parts, [items, S, kv_heads, rows, value_dim] in q's dtype, and the base-2 logarithm of the sum of
+    exponentials [items, S, kv_heads, rows] float32, -inf where nothing is seen (and then zeros).
+    """
+    n, kv_heads, rows, key_dim = q.shape
+    dtype = q.dtype
+    if key_dim % 64 or value_dim % 64 or keys.shape[-1] != PAGE:
+        raise ValueError(
+            f"key dim {key_dim}, value dim {value_dim}, page {keys.shape[-1]}: expected multiples of 64, 64"
+        )
+    if rows % 8 or (rows > ROWS and rows % ROWS):
+        raise ValueError(f"{rows} query rows: expected a multiple of 8, from 64 on of 64")
+    mode, wgs = _modes(rows, value_dim)
+    per_block = wgs if mode == "rows" else 1
+    blocks = -(-rows // (ROWS * per_block))
+    height = min(rows, ROWS)
+    room = 1 if mode == "values" else wgs  # for queries, and then for results
+    width = value_dim // wgs if mode == "values" else value_dim
+    parts = splits * (wgs if mode == "pages" else 1)
+    latent = values is None
+    page_bytes = PAGE * 2 * (key_dim + (0 if latent else value_dim))
+    stages = min(8, (SHARED_MEMORY - room * ROWS * 2 * max(key_dim, value_dim)) // page_bytes)
+    if mode == "pages":
+        stages -= (
+            stages % wgs
+        )  # a warpgroup counts the phases of the barriers it waits for, so each slot has one reader
+    if stages < 2:
+        raise ValueError(f"key dim {key_dim} and value dim {value_dim}: two pages do not fit in shared memory")
+    readers = 1 if mode == "pages" else wgs  # of each page
+    copies = -(-key_dim // 256) + (not latent)
+    pages = keys.shape[1]
+    group = (rows // tokens) if new_keys is not None else 1
+
+    def body(*refs: Any, q_s: Any, k_s: Any, v_s: Any, l_s: Any, q_full: Any, full: Any, empty: Any, done: Any) -> None:
+        given = list(refs)
+        q_g, k_g = given.pop(0), given.pop(0)
+        v_g = None if latent else given.pop(0)
+        nk_g = None if new_keys is None else given.pop(0)
+        nv_g = None if latent or new_keys is None else given.pop(0)
+        table_g, entry_g, seen_g, first_g, row_g, layer_g, o_g, l_g = given
+        item, part, wg = lax.axis_index("item"), lax.axis_index("part"), lax.axis_index("wg")
+        at = lax.axis_index("head")
+        head, block = lax.div(at, blocks), lax.rem(at, blocks)
+        seen, first, row = seen_g[item], first_g[item], row_g[item]
+        per = lax.div(lax.div(seen + PAGE - 1, PAGE) + splits - 1, splits)
+        begin = part * per
+        old = jnp.clip(lax.div(seen + PAGE - 1, PAGE) - begin, 0, per)
+        first_new = lax.div(first, PAGE)
+        total = old
+        if nk_g is not None:
+            fresh = jnp.maximum(lax.div(row + tokens - 1 + PAGE - 1, PAGE) - first_new, 0)
+            total = old + jnp.where(part == splits - 1, fresh, 0)
+
+        def bring(source_k: Any, source_v: Any, base: jax.Array, slot: jax.Array) -> None:
+            for c in range(0, key_dim, 256):
+                rows_ = min(256, key_dim - c)
+                plgpu.copy_gmem_to_smem(
+                    source_k.at[pl.ds(base * key_dim + c, rows_)], k_s.at[slot, pl.ds(c, rows_)], full.at[slot]
+                )
+            if source_v is not None:
+                plgpu.copy_gmem_to_smem(source_v.at[pl.ds(base * PAGE, PAGE)], v_s.at[slot], full.at[slot])
+
+        @pl.when(wg == wgs)
+        def produce() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+            entry, layer = entry_g[item], layer_g[0]
+            for w in range(per_block):
+                rows_at = pl.ds((block * per_block + w) * height, height)
+                for j in range(key_dim // 64):
+                    from_ = q_g.at[item, head, rows_at, pl.ds(j * 64, 64)]
+                    plgpu.copy_gmem_to_smem(from_, q_s.at[w, j, pl.ds(0, height)], q_full)
+
+            def page_of(i: jax.Array) -> jax.Array:
+                return table_g[entry, jnp.minimum(begin + i, tables.shape[1] - 1)]
+
+            def per_page(i: jax.Array, page: jax.Array) -> jax.Array:
+                ahead, slot = page_of(i + 1), lax.rem(i, stages)
+
+                @pl.when(i >= stages)
+                def _() -> None:
+                    plgpu.barrier_wait(empty.at[slot])
+
+                @pl.when(i < old)
+                def _() -> None:
+                    bring(k_g, v_g, (layer * pages + page) * kv_heads + head, slot)
+
+                if nk_g is not None:
+
+                    @pl.when(i >= old)
+                    def _() -> None:
+                        bring(nk_g, nv_g, (first_new + i - old) * kv_heads + head, slot)
+
+                return ahead
+
+            lax.fori_loop(0, total, per_page, page_of(jnp.int32(0)))
+
+            def drain(j: jax.Array, _: None) -> None:
+                @pl.when(total > j)
+                def _() -> None:
+                    plgpu.barrier_wait(empty.at[lax.rem(total - 1 - j, stages)])
+
+            lax.fori_loop(0, stages, drain, None)
+
+        @pl.when(wg < wgs)
+        def consume() -> None:
+            plgpu.set_max_registers(232, action="increase")
+            by_row, square = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
+            mine = wg if mode == "rows" else 0
+            column = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 1, layout=square)
+            token: Any = None
+            if nk_g is not None:
+                line = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 0, layout=square)
+                token = lax.div(line + (block * per_block + mine) * ROWS, jnp.int32(group))
+            plgpu.barrier_wait(q_full)
+
+            def per_page(step: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                acc, m, total_p = state
+                i = step * wgs + wg if mode == "pages" else step
+                slot = lax.rem(i, stages)
+                plgpu.barrier_wait(full.at[slot])
+
+                def scores(s: Any) -> jax.Array:
+                    for j in range(key_dim // 64):
+                        plgpu.wgmma(s, q_s.at[mine, j], k_s.at[slot, pl.ds(j * 64, 64)])
+                    plgpu.wgmma_wait(0)
+                    return s[...]
+
+                s = pl.run_scoped(scores, plgpu.ACC((ROWS, PAGE), jnp.float32))
+                if nk_g is None:
+                    visible = column + (begin + i) * PAGE < seen
+                else:
+                    fresh = i >= old
+                    x = column + jnp.where(fresh, first_new + i - old, begin + i) * PAGE
+                    end = jnp.where(fresh, row, seen) + token * fresh.astype(jnp.int32)
+                    visible = (x >= jnp.where(fresh, first, 0)) & (x < end)
+                s = jnp.where(visible, s, -jnp.inf)
+                top = jnp.maximum(m, s.max(axis=1) * LOG2E)
+                p = jnp.exp2(s * LOG2E - lax.broadcast_in_dim(top, s.shape, [0]))
+                keep = jnp.exp2(m - top)
+                total_p = total_p * keep + p.sum(axis=1)
+                acc = acc * lax.broadcast_in_dim(keep, acc.shape, [0])
+                p16 = p.astype(dtype)
+
+                from_ = wg * width if mode == "values" else 0
+                seen_values = v_s.at[slot] if not latent else k_s.at[slot, pl.ds(from_, width)].T
+
+                def weigh(acc_ref: Any) -> None:
+                    plgpu.wgmma(acc_ref, p16, seen_values)
+                    plgpu.wgmma_wait(0)
+
+                if interpret is not None:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
+                    acc += jnp.dot(p16, seen_values[...], preferred_element_type=jnp.float32)
+                    plgpu.commit_smem()  # for its race detector, to which this is a read that a copy cannot wait for
+                elif width <= 128:
+                    acc += pl.run_scoped(lambda r: (weigh(r), r[...])[1], plgpu.ACC((ROWS, width), jnp.float32))
+                else:
+                    acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
+                plgpu.barrier_arrive(empty.at[slot])
+                return acc, top, total_p
+
+            start = (
+                plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), square),
+                plgpu.layout_cast(jnp.full((ROWS,), UNSEEN, jnp.float32), by_row),
+                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
+            )
+            steps = lax.div(total - wg + wgs - 1, wgs) if mode == "pages" else total
+            acc, m, total_p = lax.fori_loop(0, steps, per_page, start)
+            acc = acc * lax.broadcast_in_dim(1 / jnp.maximum(total_p, 1e-30), acc.shape, [0])
+            if wgs > per_block:  # queries are read by all, and their place becomes that of the results
+                plgpu.barrier_arrive(done)
+                plgpu.barrier_wait(done)
+            to = part * wgs + wg if mode == "pages" else part
+            rows_at = pl.ds((block * per_block + mine) * height, height)
+            held, shift = (0, wg * (width // 64)) if mode == "values" else (wg, 0)
+            for j in range(width // 64):
+                q_s.at[held, shift + j][...] = acc[:, j * 64 : (j + 1) * 64].astype(dtype)
+            l_s[wg] = m + jnp.log2(total_p)
+            plgpu.commit_smem()
+            for j in range(width // 64):
+                from_ = q_s.at[held, shift + j, pl.ds(0, height)]
+                plgpu.copy_smem_to_gmem(from_, o_g.at[item, to, head, rows_at, pl.ds((shift + j) * 64, 64)])
+            line_at = pl.ds((block * per_block + mine) * ROWS, ROWS)
+
+            @pl.when((wg == 0) | (mode != "values"))
+            def _() -> None:
+                plgpu.copy_smem_to_gmem(l_s.at[wg], l_g.at[item, to, head, line_at])
+
+            plgpu.wait_smem_to_gmem(0)
+
+    def shared(*shape: int) -> Any:
+        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+    run = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((n, parts, kv_heads, rows, value_dim), dtype),
+            jax.ShapeDtypeStruct((n, parts, kv_heads, -(-rows // ROWS) * ROWS), jnp.float32),
+        ),
+        grid=(n, kv_heads * blocks, splits),
+        grid_names=("item", "head", "part"),
+        num_threads=wgs + 1,
+        thread_name="wg",
+        scratch_types=dict(
+            q_s=shared(room, max(key_dim, value_dim) // 64, ROWS, 64),
+            k_s=shared(stages, key_dim, PAGE),
+            v_s=plgpu.SMEM((8,), jnp.float32) if latent else shared(stages, PAGE, value_dim),
+            l_s=plgpu.SMEM((wgs, ROWS), jnp.float32),
+            q_full=plgpu.Barrier(num_arrivals=per_block * key_dim // 64),
+            full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
+            done=plgpu.Barrier(num_arrivals=wgs),
+        ),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    arguments = [q, keys.reshape(-1, PAGE)]
+    if values is not None:
+        arguments.append(values.reshape(-1, value_dim))
+    if new_keys is not None:
+        arguments.append(new_keys.reshape(-1, PAGE))
+        if new_values is not None:
+            arguments.append(new_values.reshape(-1, value_dim))
+    out, lse = run(*arguments, tables, items.entry, items.seen, items.first, items.row, layer.reshape(1))
+    return out, lse[..., :rows]
+
+
+def paged_attention_reference(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array | None,
+    new_keys: jax.Array | None,
+    new_values: jax.Array | None,
+    layer: jax.Array,
+    tables: jax.Array,
+    items: Queries,
+    value_dim: int,
+    tokens: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The same in one part, [items, kv_heads, rows, ...]: plain JAX in float32, every sequence's pages gathered."""
+    rows = q.shape[2]
+    f32 = jnp.float32
+    k = jnp.moveaxis(keys[layer][tables[items.entry]], 1, 3).astype(f32)  # [items, kv_heads, key_dim, pages, 64]
+    k = k.reshape(*k.shape[:3], -1)
+    position = jnp.arange(k.shape[-1])
+    token = jnp.arange(rows) // max(1, rows // tokens)
+    mask = jnp.broadcast_to((position < items.seen[:, None])[:, None], (q.shape[0], rows, k.shape[-1]))
+    if values is None:
+        v = k[:, :, :value_dim].swapaxes(2, 3)
+    else:
+        v = values[layer][tables[items.entry]].astype(f32).swapaxes(1, 2)
+        v = v.reshape(*v.shape[:2], -1, value_dim)
+    if new_keys is not None:
+        nk = jnp.moveaxis(new_keys, 0, 2).astype(f32)  # [kv_heads, key_dim, pages, 64]
+        nk = nk.reshape(*nk.shape[:2], -1)
+        nv = nk[:, :value_dim].swapaxes(1, 2) if new_values is None else new_values.astype(f32).swapaxes(0, 1)
+        nv = nv.reshape(nv.shape[0], -1, value_dim)
+        x = jnp.arange(nk.shape[-1])
+        fresh = (x >= items.first[:, None, None]) & (x < (items.row[:, None] + token)[..., None])
+        k = jnp.concatenate([k, jnp.broadcast_to(nk, (k.shape[0], *nk.shape))], axis=-1)
+        v = jnp.concatenate([v, jnp.broadcast_to(nv, (v.shape[0], *nv.shape))], axis=2)
+        mask = jnp.concatenate([mask, fresh], axis=-1)
+    mask = mask[:, None]
+    s = jnp.where(mask, jnp.einsum("nhrd,nhdj->nhrj", q.astype(f32), k, precision="highest"), -jnp.inf)
+    lse = jax.nn.logsumexp(s, axis=-1)
+    p = jnp.where(mask, jnp.exp(s - jnp.where(jnp.isfinite(lse), lse, 0)[..., None]), 0)
+    return jnp.einsum("nhrj,nhjv->nhrv", p, v, precision="highest"), lse * LOG2E
+
+
+def merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Parts along axis 1 as one: out [n, S, ..., dim], lse [n, S, ...] in base 2; float32. Nothing seen: zeros."""
+    top = lse.max(1, keepdims=True)
+    weight = jnp.exp2(lse - jnp.where(jnp.isfinite(top), top, 0))
+    total = weight.sum(1)
+    y = (weight[..., None] * out.astype(jnp.float32)).sum(1) / jnp.maximum(total, 1e-30)[..., None]
+    return y, jnp.log2(total) + jnp.where(jnp.isfinite(top), top, 0)[:, 0]

@@ -1,0 +1,129 @@
+"""Which configuration of the grouped GEMM is the best known for a shape: `tuned.json`, and a rule for other shapes.
+
+scripts/tune_grouped_gemm.py measures and writes the table.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from moe_jax.kernels.grouped_gemm import ALIGN, BLOCK_K, Config, block_rows
+
+TABLE = Path(__file__).with_name("tuned.json")
+SHARED_MEMORY = 227 * 1024  # bytes that a block of threads of an H100 or H200 may use
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a grouped GEMM. `rows` are those of a group with its fair share; `columns` count gate and up."""
+
+    groups: int
+    k: int
+    columns: int
+    rows: int
+    activate: bool
+    weight_bytes: int = 2
+
+
+def shared_memory(c: Config, shape: Shape) -> int:
+    """Bytes that the kernel takes."""
+    b = block_rows(shape.columns, shape.activate)
+    stage = c.blocks_k * BLOCK_K * (2 * c.block_m + shape.weight_bytes * c.consumers * b)
+    return c.stages * (stage + 16) + c.consumers * c.buffers * c.block_m * 128 + 1024
+
+
+def fits(c: Config, shape: Shape) -> bool:
+    """Whether the kernel can run so."""
+    b = block_rows(shape.columns, shape.activate)
+    nb, kb = shape.columns // b, shape.k // BLOCK_K
+    return (
+        nb % (c.consumers * c.cluster) == 0
+        and all(w % (8 * c.cluster) == 0 for w in c.widths)
+        and kb % c.blocks_k == 0
+        and c.blocks_k * b <= 256
+        and c.stages > 1
+        and (shape.weight_bytes == 2 or (c.blocks_k == 2 and c.cluster == 1 and c.block_m <= 128))
+        and c.block_m * (b // 64) <= 384  # accumulators in registers
+        and shared_memory(c, shape) <= SHARED_MEMORY
+    )
+
+
+def _widths(most: int) -> tuple[int, ...]:
+    return tuple(w for w in (8, 16, 32, 64, 96, 128, 160, 192) if w <= most)
+
+
+def candidates(shape: Shape) -> list[Config]:
+    """What is worth measuring for a shape, by its regime; first what is likely to do where nothing was measured."""
+    out = []
+    b = block_rows(shape.columns, shape.activate)
+    sizes = [32, 64, 128]
+    likely = next((m for m in sizes if m >= 2 * shape.rows), 128)  # so that a group rarely takes two tiles
+    sizes.sort(key=lambda m: m != likely)
+    if shape.weight_bytes == 1:  # widened in registers, which are fewer for it
+        for block_m in [m for m in sizes if m < 128] + [128]:
+            for consumers, stages, panel in ((2, 3, 8), (2, 4, 16), (1, 4, 8)):
+                out.append(Config(block_m, _widths(block_m), consumers, 2, stages, panel))
+    elif shape.rows > 96:  # bound by arithmetic
+        kinds = [(192, 3, 1), (128, 4, 1), (128, 3, 2)]
+        for block_m, stages, buffers in kinds if shape.activate else kinds[1:] + kinds[:1]:
+            for panel in (8, 4, 16):
+                out.append(Config(block_m, _widths(block_m), 2, 1, stages, panel, buffers))
+        out.append(Config(128, _widths(128), 1, 1, 5, 8))
+        clustered = [c for c in out if c.panel == 8 and c.consumers == 2]
+        out += [replace(c, widths=c.widths[1:], cluster=2) for c in clustered]
+    else:  # bound by reading weights
+        for block_m in sizes:
+            for consumers, blocks_k in ((2, 1), (1, 1), (1, 2), (2, 2)):
+                stage = blocks_k * BLOCK_K * 2 * (block_m + consumers * b)
+                for kilobytes in (192, 144):
+                    out.append(Config(block_m, _widths(block_m), consumers, blocks_k, kilobytes * 1024 // stage, 1))
+    return [c for c in dict.fromkeys(out) if fits(c, shape)]
+
+
+@cache
+def _table() -> tuple[tuple[Shape, Config], ...]:
+    def config(raw: dict[str, Any]) -> Config:
+        return Config(**{**raw, "widths": tuple(raw["widths"])})
+
+    entries = json.loads(TABLE.read_text())["entries"] if TABLE.exists() else []
+    return tuple((Shape(**e["shape"]), config(e["config"])) for e in entries)
+
+
+def entry(shape: Shape, config: Config, microseconds: float) -> dict[str, Any]:
+    """As it stands in the table."""
+    return {"shape": asdict(shape), "config": asdict(config), "microseconds": round(microseconds, 1)}
+
+
+def best(shape: Shape) -> Config:
+    """The configuration of the nearest measured shape, if it can run this one; else the likely one.
+
+    Near means a like number of rows a group, within a factor of 2, which decides the regime, and then like K, columns
+    and groups, all by their ratio. Raises ValueError where nothing can run it.
+    """
+
+    def ratio(a: int, b: int) -> float:
+        return abs(math.log(a / b))
+
+    def distance(other: Shape) -> float:
+        sizes = ratio(shape.k, other.k) + ratio(shape.columns, other.columns) + ratio(shape.groups, other.groups)
+        return 4 * rows_apart(other) + sizes
+
+    def rows_apart(other: Shape) -> float:
+        return ratio(max(shape.rows, ALIGN), max(other.rows, ALIGN))
+
+    near = [
+        (distance(other), i, c)
+        for i, (other, c) in enumerate(_table())
+        if (shape.activate, shape.weight_bytes) == (other.activate, other.weight_bytes)
+        and rows_apart(other) <= math.log(2)
+        and fits(c, shape)
+    ]
+    if near:
+        return min(near)[2]
+    likely = candidates(shape)
+    if not likely:
+        raise ValueError(f"{shape}: expected K and columns to be multiples of 64 (128 with 8-bit weights)")
+    return likely[0]
