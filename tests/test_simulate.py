@@ -14,7 +14,7 @@ import simulate  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 DAY = 86400.0
 NEVER = simulate.Times(1e12, 3600, 1, 1, 1, 1, 10, 100)
-OFTEN = simulate.Times(10 * 3600, 1.0, 0.5, 0.2, 5, 10, 10, 150)
+OFTEN = simulate.Times(10 * 3600, 60.0, 0.5, 0.2, 5, 10, 10, 150)
 
 
 def test_without_failures_nothing_is_lost() -> None:
@@ -24,7 +24,7 @@ def test_without_failures_nothing_is_lost() -> None:
 
 
 def test_each_failure_costs_its_pause() -> None:
-    """Repairs take a second and pauses do not overlap, so the time that is lost can be counted."""
+    """Repairs take a minute and pauses hardly overlap, so the time that is lost can be counted."""
     found = simulate.elastic(8, OFTEN, 30 * DAY, 0.5, np.random.default_rng(0))
     assert found.failures == pytest.approx(30 * 24 / 10 * 8, rel=0.1)
     assert found.stopped == pytest.approx(found.failures * 0.7 / (30 * DAY), rel=0.05)
