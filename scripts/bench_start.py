@@ -65,7 +65,10 @@ async def measure(hosts: int, cache: Path, victims: list[str], options: list[str
         serving = time.monotonic() - begun
         async with grpc.aio.insecure_channel(address) as channel:
             await first_token(channel)
-            found = {"serving_s": round(serving, 2), "first_token_s": round(time.monotonic() - begun, 2)}
+            found: dict[str, Any] = {
+                "serving_s": round(serving, 2),
+                "first_token_s": round(time.monotonic() - begun, 2),
+            }
             now = await status(channel)
             found["compilations"] = sum(r["compilations"] for r in now["ranks"])
             async with asyncio.timeout(_START):
