@@ -489,6 +489,7 @@ def _print_status(status: dict[str, Any]) -> None:
         console.print(
             "{logical} experts in {slots} slots a layer, {missing} missing, at least {min_replicas} replicas; "
             "{survivable_host_losses} lost hosts are survivable".format(**status["experts"])
+            + f", {status['survivable_without_compiling']} without compiling"
         )
     narrow: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 1, 0, 0)}
     ranks = Table("rank", "host", "state", "pid", "device", **narrow)

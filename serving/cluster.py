@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,16 @@ class Repairs:
 
 def sizes_after(hosts: Sequence[str], lost: int) -> set[int]:
     """How many ranks can be left when so many hosts are lost, whichever they are. hosts: the label of each rank."""
-    ranks = [{0}]  # by the number of hosts: how many ranks so many of those seen so far can have
-    for size in Counter(hosts).values():
-        more = [set(), *({n + size for n in sums} for sums in ranks)]
-        ranks = [a | b for a, b in zip([*ranks, set()], more, strict=True)]
-    return {len(hosts) - n for n in ranks[lost]} if lost < len(ranks) else set()
+    return {len(hosts) - size for size in _sums(tuple(sorted(Counter(hosts).values())), lost)}
+
+
+@lru_cache
+def _sums(sizes: tuple[int, ...], count: int) -> frozenset[int]:
+    """What any `count` of these add up to."""
+    sums = [frozenset({0}), *[frozenset[int]()] * count]  # of 0 to `count` of those seen so far
+    for size in sizes:
+        sums = [sums[0], *(a | {n + size for n in b} for a, b in zip(sums[1:], sums, strict=False))]
+    return sums[count]
 
 
 def make_cluster(

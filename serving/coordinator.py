@@ -25,7 +25,7 @@ from serving import membership as m
 from serving.access import Guard
 from serving.admission import Owner
 from serving.channel import MAX_MESSAGE, Message, encode
-from serving.cluster import Cluster
+from serving.cluster import Cluster, sizes_after
 from serving.frame_server import FrameServer
 from serving.journal import Journal
 from serving.ledger import Entry, Place
@@ -316,9 +316,11 @@ class Coordinator:
                     self._do(self._membership.joined(rank, incarnation, stream.generation, time.monotonic()))
                 case "ready":
                     stream.device, stream.seconds = body["device"], body["seconds"]
+                    stream.compiled = body.get("compilations")
                     self._do(self._membership.ready(rank, incarnation, body["generation"], time.monotonic()))
                 case "entered":
                     self._compiled += body["compilations"] if self._served else 0
+                    stream.compiled = body.get("compiled", stream.compiled)
                     self._recoveries.entered(body["epoch"], body["ms"])
                     self._do(self._membership.entered(rank, incarnation, body["epoch"], time.monotonic()))
                 case "failed":
@@ -539,7 +541,8 @@ class Coordinator:
             "generation": action.generation,
             "rank": action.rank,
             "slots": action.slots.tolist(),
-            "sizes": self._sizes(action.generation, len(nodes)),
+            "sizes": (sizes := self._sizes(action.generation, len(nodes))),
+            "further": [size for size in range(len(nodes), 0, -1) if size not in sizes],
             **self.cluster.start,
         }
         stream.start_engine(action.generation, start)
@@ -550,7 +553,10 @@ class Coordinator:
         epoch = self._membership.epoch
         serving = epoch is not None and epoch.generation == generation
         first = min(len(self.router.members) + 1, most) if serving else most
-        return sorted(range(max(1, first - 2), most + 1), key=lambda size: (abs(size - first), -size))
+        hosts = self.cluster.rules.hosts
+        sizes = {len(hosts) - size for lost in (1, 2) for size in sizes_after(hosts, lost)}  # ranks of lost hosts
+        near = {first - size for size in sizes if size < first} | {*range(first, most + 1)}
+        return sorted(near, key=lambda size: (abs(size - first), -size))
 
     def _announce(self, epoch: m.Epoch, shrink: bool, leavers: Sequence[int], now: float) -> None:
         node = {rank: i for i, rank in enumerate(self._nodes[epoch.generation])}
@@ -662,6 +668,7 @@ class Coordinator:
             rank["pid"] = None if known is None else known.engine_pid
             rank["supervisor_pid"] = None if known is None else known.pid
             rank["device"] = None if known is None else known.device
+            rank["compilations"] = None if known is None else known.compiled  # since its engine was started
             # Sizes of meshes whose programs its engine has at hand.
             rank["kv_cache_usage"] = None if known is None or known.usage is None else round(known.usage, 4)
             rank["requests"] = 0 if known is None else self._load(known)
@@ -671,6 +678,7 @@ class Coordinator:
             **status,
             "experts": None if epoch is None else _experts(epoch.slots, live, hosts, self.cluster.num_experts),
             "compilations": self._compiled,
+            "survivable_without_compiling": self._ready_for(live),
             "recoveries": self._recoveries.changes(),
             "switches": self._recoveries.switches(),
             "coordinator": {"pid": os.getpid(), "took_over": self._taken_over},
@@ -690,6 +698,17 @@ class Coordinator:
 
     def _load(self, stream: WorkerStream) -> int:
         return self.router.ledger.load(Place(stream.rank, stream.incarnation)).jobs
+
+    def _ready_for(self, live: Sequence[int]) -> int:
+        """How many hosts of these ranks may be lost, whichever they are, with every program that goes on at hand."""
+        hosts = [self.cluster.rules.hosts[rank] for rank in live]
+        streams = [self._current[rank] for rank in live if rank in self._current]
+        sizes = [set(stream.answers.get("programs", {}).get("sizes", [])) for stream in streams]
+        ready = set.intersection(*sizes) if sizes else set()
+        lost = 0
+        while (left := sizes_after(hosts, lost + 1)) and left <= ready:
+            lost += 1
+        return lost
 
     async def ask(self, question: dict[str, Any], timeout: float = 10.0) -> dict[int, dict[str, Any]]:
         """Every member's answer of the question's type, by rank. Raises TimeoutError."""

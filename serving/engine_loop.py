@@ -194,7 +194,8 @@ class EngineLoop:
         if engine.epoch == number and engine.mesh is not None:
             ms["first_step"] = 1e3 * (time.monotonic() - before)
             compiled = compilations.count - counted
-            self._send({"type": "entered", "epoch": number, "ms": ms, "compilations": compiled})
+            total = compilations.count
+            self._send({"type": "entered", "epoch": number, "ms": ms, "compilations": compiled, "compiled": total})
             threading.Thread(target=self._prepare, args=(body,), name=f"prepare-{number}", daemon=True).start()
 
     def _prepare(self, body: dict[str, Any]) -> None:

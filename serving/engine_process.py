@@ -40,7 +40,7 @@ def serve(rank: int, channel: Channel, inbox: Inbox) -> None:
     checkpoint = open_checkpoint(start["path"], start["load_format"])
     send = Outbox(channel).send
     spec = Spec(start["path"], start["load_format"], config, start["cache"])
-    ahead = ProgramsAhead(spec, start["sizes"], start["timeout"], send)
+    ahead = ProgramsAhead(spec, start["sizes"], start["further"], start["timeout"], send)
     send({"type": "arrived", "epoch": 0})
     client = connect(start["address"], start["node"], start["num_nodes"], int(start["timeout"]))
     device = jax.local_devices()[0]

@@ -7,6 +7,7 @@ compiles in place.
 
 from __future__ import annotations
 
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,13 +22,22 @@ if TYPE_CHECKING:
     from moe_jax.executables import Executables
 
 
-class ProgramsAhead:
-    """sizes: of meshes, the most urgent first. `send` reports `programs` messages."""
+MEMORY = 1 << 30  # bytes of programs that are held for meshes beyond the first, as they lie on disk
 
-    def __init__(self, spec: Spec, sizes: Sequence[int], timeout: float, send: Callable[..., None]) -> None:
+
+class ProgramsAhead:
+    """sizes: of meshes, the most urgent first; `further` ones only if others have compiled them (moe-jax warmup).
+
+    `send` reports `programs` messages.
+    """
+
+    def __init__(
+        self, spec: Spec, sizes: Sequence[int], further: Sequence[int], timeout: float, send: Callable[..., None]
+    ) -> None:
         from moe_jax.distributed import default_platform
 
-        self._spec, self._sizes, self._timeout, self._send = spec, list(sizes), timeout, send
+        self._spec, self._sizes, self._further = spec, list(sizes), list(further)
+        self._timeout, self._send = timeout, send
         self.ready: list[int] = []  # sizes of which all programs are at hand
         self._on_cpu = default_platform() == "cpu"
         self._error: BaseException | None = None
@@ -61,9 +71,16 @@ class ProgramsAhead:
         self._take(self._sizes[0])
 
     def rest(self) -> None:
-        """The other sizes, one by one. What fails is said in the log, and compiled when it is needed."""
-        self._say_ready(1)
-        for i, size in enumerate(self._sizes[1:], 2):
+        """The other sizes, one by one, as far as memory is meant for them. What fails is said in the log, and compiled
+        when it is needed."""
+        self._say_ready(self._sizes[:1])
+        for size in [*self._sizes[1:], *self._further]:
+            store, programs = self._executables.store, wanted(self._executables, [size])
+            if store.held > MEMORY:
+                left = f"programs for meshes of {size} ranks and others are left on disk: {store.held} bytes are held"
+                return print(left, file=sys.stderr)
+            if size in self._further and self._executables.missing(programs):
+                continue
             try:
                 if self._ahead:
                     ensure(self._spec, [size], self._timeout, lambda _: None)
@@ -71,10 +88,10 @@ class ProgramsAhead:
             except Exception:
                 traceback.print_exc()
                 return
-            self._say_ready(i)
+            self._say_ready([*self.ready, size])
 
-    def _say_ready(self, count: int) -> None:
-        self.ready = self._sizes[:count]
+    def _say_ready(self, sizes: list[int]) -> None:
+        self.ready = sizes
         self._send({"type": "programs", "sizes": self.ready})
 
     def _ensure_first(self) -> None:

@@ -445,8 +445,6 @@ def test_rebalance_follows_a_load_that_drifts_with_few_moves(kind):
     assert placement.imbalance(after, range(32), drifted, 256) < 1.2
     assert placement.moves(placed, after) < 0.15 * placed.size
     assert placement.survivable_host_losses(after, ONE_EACH, 256) == 1
-    again = placement.rebalance(after, range(32), ONE_EACH, 256, 2, drifted)
-    assert (again == after).all()
 
 
 # measures ------------------------------------------------------------------------------------------------------------

@@ -171,6 +171,7 @@ STATUS: dict[str, Any] = {
         {"rank": 0, "host": "a", "pid": 11, "state": "live", "device": "cpu"},
         {"rank": 1, "host": "b", "pid": None, "state": "lost", "device": None},
     ],
+    "survivable_without_compiling": 1,
     "experts": {"logical": 8, "slots": 6, "missing": 0, "min_replicas": 1, "survivable_host_losses": 0},
     "compilations": 0,
     "recoveries": [

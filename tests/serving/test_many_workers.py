@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from moe_jax import placement
 from serving.cluster import Repairs, sizes_after
+from serving.coordinator import Coordinator
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -49,3 +51,22 @@ def test_sizes_after_losses() -> None:
     even, odd = ["a", "a", "b", "b", "c", "c"], ["a", "b", "b", "c", "c", "c"]
     assert [sizes_after(even, k) for k in range(5)] == [{6}, {4}, {2}, {0}, set()]
     assert [sizes_after(odd, k) for k in range(4)] == [{6}, {5, 4, 3}, {3, 2, 1}, {0}]
+
+
+def test_losses_that_need_no_compiling() -> None:
+    """As many as every live rank has the programs for, whichever hosts they are."""
+
+    def ready(hosts: list[str], *sizes: list[int]) -> int:
+        coordinator = Coordinator.__new__(Coordinator)
+        coordinator.cluster = SimpleNamespace(rules=SimpleNamespace(hosts=hosts))  # type: ignore[assignment]
+        answers = [{"programs": {"sizes": own}} if own else {} for own in sizes]
+        coordinator._current = {  # type: ignore[assignment]
+            rank: SimpleNamespace(answers=said) for rank, said in enumerate(answers)
+        }
+        return coordinator._ready_for(range(len(hosts)))
+
+    assert ready(["a", "b", "c"], [3, 2], [3, 2, 1], [3, 2, 1]) == 1
+    assert ready(["a", "b", "c"], [3], [3, 2], [3, 2, 1]) == 0
+    assert ready(["a", "b", "c"], [], [3, 2], [3, 2]) == 0
+    assert ready(["a", "a", "b"], [3, 2], [3, 2], [3, 2]) == 0, "a may be lost, which leaves one rank"
+    assert ready(["a", "a", "b", "b"], *[[4, 2]] * 4) == 1
