@@ -20,7 +20,7 @@ demo: $(SET_UP)-demo
 test: $(SET_UP)-$(TEST_EXTRAS)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(SET_UP)-dev,test,oracle
+lint: $(SET_UP)-dev,test,oracle,plot
 	$(BIN)/ruff check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 

@@ -59,6 +59,7 @@ def serve(rank: int, channel: Channel, inbox: Inbox) -> None:
     inbox.urgent = loop.urgent
     send(
         {"type": "ready", "generation": start["generation"], "seconds": seconds, "device": device.device_kind}
+        | {"kernels": programs.kernels_number}
         | loop.status()
     )
     threading.Thread(target=ahead.rest, name="programs", daemon=True).start()

@@ -39,6 +39,7 @@ class WorkerStream:
         self.usage: float | None = None  # of its engine's pages of the KV cache, 0 to 1
         self.told: tuple[int, bool] | None = None  # to membership: the steps, and whether there is work
         self.compiled: int | None = None  # programs, by its engine, as it last said
+        self.kernels: int | None = None  # Executables.kernels_number of its engine, once that is ready
         self.seconds: dict[str, float] = {}  # that its engine took to start
         self.error: tuple[str, str] | None = None  # what its engine said before it ended: an exception's name and text
         self.answers: dict[str, dict[str, Any]] = {}  # to questions, the last one of each type

@@ -7,6 +7,7 @@ An engine's token is a function of (seed, index). How it behaves is said in the 
     error                     {"rank", "kind", "message"}: this rank says so instead of joining
     die                       {"rank", "at"}: this rank kills itself at "start", "joined" or "ready"
     deaf                      {"rank", "epoch"}: this rank never enters this epoch
+    kernels                   the rank whose kernels are not those of the others
     dies_with_service         as an engine does when the JAX service is killed
 """
 
@@ -104,7 +105,7 @@ class FakeEngine:
         seconds = {"join": fake.get("join", 0.0), "load": fake.get("load", 0.0), "compile": 0.0}
         generation = body["generation"]
         ready = {"type": "ready", "generation": generation, "compilations": 0, "seconds": seconds, "device": "fake"}
-        self.send(ready)
+        self.send(ready | {"kernels": int(fake.get("kernels") == self.rank)})
 
     def die(self, at: str) -> None:
         if self.fake.get("die") == {"rank": self.rank, "at": at}:

@@ -270,6 +270,23 @@ def test_one_that_does_not_enter():
     run(scenario, fake_cluster(FOUR, slots=8, fake={"step": 0.005, "deaf": deaf}, enter_timeout_s=0.5))
 
 
+def test_one_with_other_kernels_is_kept_out(caplog):
+    """In the mesh it would give requests other bits, or end everybody's engine."""
+    caplog.set_level("INFO")
+    fake: dict[str, Any] = {"step": 0.005}
+
+    async def scenario(r: Running) -> None:
+        r.submit(6, 600)
+        await r.flowing()
+        fake["kernels"] = 3
+        kill(r.engine(3), SIGKILL)
+        r.launcher._restart = True
+        await r.until(lambda: "its kernels are not those of rank" in caplog.text)
+        assert r.live() == [0, 1, 2]
+
+    run(scenario, fake_cluster(FOUR, slots=8, fake=fake))
+
+
 def test_workers_that_do_not_belong():
     async def scenario(r: Running) -> None:
         async with grpc.aio.insecure_channel(r.coordinator.address) as channel:
