@@ -319,11 +319,8 @@ class Coordinator:
                     stream.compiled, stream.kernels = body.get("compilations"), body["kernels"]
                     others = [s for s in self._current.values() if s.kernels is not None and s.dismissed is None]
                     if unlike := [s for s in others if s.kernels != stream.kernels]:
-                        self.worker_mute(
-                            stream,
-                            f"its kernels are not those of rank {unlike[0].rank}: use the same moe-jax, C++ compiler and "
-                            "kind of processor everywhere, or --kernels xla",
-                        )
+                        why = f"its kernels are not those of rank {unlike[0].rank}: use the same moe-jax, C++ compiler "
+                        self.worker_mute(stream, why + "and kind of processor everywhere, or --kernels xla")
                         continue
                     self._do(self._membership.ready(rank, incarnation, body["generation"], time.monotonic()))
                 case "entered":
