@@ -59,7 +59,7 @@ async def _beat(call: Any, rank: int) -> None:
 async def _engine(host: str, start: pb.StartEngine) -> None:
     generation = json.loads(start.start_json)["generation"]
     reader, writer = await asyncio.open_connection(host, start.port, limit=1 << 24)
-    ready = {"type": "ready", "generation": generation, "seconds": {}, "device": "none"}
+    ready = {"type": "ready", "generation": generation, "seconds": {}, "device": "none", "kernels": 0}
     said = [{"type": "started", "pid": os.getpid()}, {"type": "joined"}, ready]
     writer.write(start.key.encode() + b"".join(map(encode, said)))
     rest = bytearray()
