@@ -13,6 +13,7 @@ client has.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -305,9 +306,12 @@ class Ledger:
         """Give waiting jobs, in the order of serving.admission, to these ranks (rank: incarnation) that have room.
 
         Each goes to the least loaded one: by jobs, then by tokens, then the lowest rank; or to one that is a little
-        more loaded and has had the beginning of its prompt. Returns the jobs: `command()` is to reach the engine at
-        `place` before anything else about them does. Without ranks they go on waiting.
+        more loaded and has had the beginning of its prompt. Those that had to leave their rank are spread by what has
+        to be prefilled before they go on, though the ranks' loads differ: somebody waits for their next token. Returns
+        the jobs: `command()` is to reach the engine at `place` before anything else about them does. Without ranks they
+        go on waiting.
         """
+        prefill: Counter[Place] = Counter()  # tokens of those that had to leave their rank
         places = [Place(rank, incarnation) for rank, incarnation in incarnations.items()]
         if self._prefixes.keys() - places:
             self._prefixes = {place: known for place, known in self._prefixes.items() if place in places}
@@ -319,7 +323,12 @@ class Ledger:
             key = self._waiting.pop()
             assert key is not None
             job = self._jobs[key]
-            job.place, job.number = self._choose(job, free), self._draw()
+            if job.number:
+                job.place = min(free, key=lambda place: (prefill[place], self.load(place), place))
+                prefill[job.place] += job.size
+            else:
+                job.place = self._choose(job, free)
+            job.number = self._draw()
             self._placed[job.number] = job
             self._change_load(job.place, 1, job.size)
             jobs.append(job)

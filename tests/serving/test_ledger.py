@@ -144,6 +144,17 @@ def test_the_least_loaded_rank_is_chosen():
     assert len(ledger.drain([0, 2])) == 5 == ledger.waiting and not ledger._loads
 
 
+def test_what_was_lost_is_spread_by_what_has_to_be_prefilled():
+    """Also when one rank has just come back and has nothing to do: its clients wait."""
+    ledger = new_ledger()
+    busy = [ledger.accept(asked(f"busy{i}"))[0] for i in range(6)]
+    assert ledger.place({1: 2}) == busy
+    lost = [placed(ledger, f"lost{i}", prompt=(1,) * size) for i, size in enumerate((12, 4, 4, 4))]
+    ledger.lost(0, 1)
+    assert ledger.place({1: 2, 2: 3}) == lost
+    assert [entry.place.rank for entry in lost if entry.place] == [2, 1, 1, 1]
+
+
 def test_scores_begin_anew():
     ledger = new_ledger()
     score = ledger.score((1, 2, 3), 2)
