@@ -51,7 +51,7 @@ def set_cpu_devices(count: int) -> None:
 
 
 def default_platform() -> str:
-    """ "cpu" or "cuda", as JAX_PLATFORMS says; without it devices are looked for."""
+    """The platform, "cpu" or "cuda", as JAX_PLATFORMS says; without it devices are looked for."""
     named = (jax.config.jax_platforms or "").split(",")[0]  # type: ignore[attr-defined]
     return named or jax.default_backend()
 

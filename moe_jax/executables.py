@@ -119,7 +119,7 @@ class Executables:
         Loading parameters takes a few dozen such functions. Their programs are kept as the steps' are, and whoever
         needs one first compiles it, so that the second start compiles nothing.
         """
-        shapes = [(np.shape(a), getattr(a, "dtype", np.result_type(type(a))).name) for a in arguments]
+        shapes = [(a.shape, a.dtype.name) for a in arguments]
         key = programs.key(self.kind, function.__module__, function.__name__, shapes, sorted(static.items()))
         if (key, device.id) not in self._small:
             raw = self.store.get(key)

@@ -385,6 +385,7 @@ class Coordinator:
     def _adopted(self, stream: WorkerStream, answer: dict[str, Any]) -> None:
         if self._takeover is not None and self._current.get(stream.rank) is stream:
             stream.device, stream.seconds = answer.get("device", stream.device), answer.get("seconds", {})
+            stream.kernels = answer.get("kernels")
             stream.answers["programs"] = {"sizes": answer.get("sizes", [])}
             self.router.bell = max(self.router.bell, answer["bells"])
             self._takeover.answered(stream.rank, answer, time.monotonic())

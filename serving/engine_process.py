@@ -55,13 +55,10 @@ def serve(rank: int, channel: Channel, inbox: Inbox) -> None:
     ahead.first(jax.devices(), device)
     seconds = {"join": joined - begun, "load": loaded - joined, "compile": time.monotonic() - loaded}
     loop = EngineLoop(engine, client, start["address"], start["rank"], send)
-    loop.about = lambda: {"device": device.device_kind, "seconds": seconds, "sizes": ahead.ready}
+    about = {"device": device.device_kind, "seconds": seconds, "kernels": programs.kernels_number}
+    loop.about = lambda: {**about, "sizes": ahead.ready}
     inbox.urgent = loop.urgent
-    send(
-        {"type": "ready", "generation": start["generation"], "seconds": seconds, "device": device.device_kind}
-        | {"kernels": programs.kernels_number}
-        | loop.status()
-    )
+    send({"type": "ready", "generation": start["generation"], **about, **loop.status()})
     threading.Thread(target=ahead.rest, name="programs", daemon=True).start()
     loop.run(inbox)
 
