@@ -27,7 +27,7 @@ from moe_jax.scheduler import StepPlan
 class StepInput:
     """The fields on the device."""
 
-    token: jax.Array  # [T]
+    token: jax.Array  # [T]; -1 - i is the token that the step before sampled at place i
     position: jax.Array  # [T], 0 for padding
     page: jax.Array  # [T] page that the row's K/V go to, -1 for padding
     entries: Entries
@@ -103,7 +103,9 @@ class Layout:
         view["start"][: len(plan.entries)] = [e.start for e in plan.entries]
         view["first_row"][: len(plan.entries)] = [e.first_row for e in plan.entries]
         n = plan.decode_rows
-        view["token"][:n] = [e.sequence.token_ids[e.start] for e in plan.entries[:n]]
+        view["token"][:n] = [
+            e.sequence.token_ids[e.start] if e.after is None else -1 - e.after for e in plan.entries[:n]
+        ]
         view["position"][:n] = view["start"][:n]
         view["page"][:n] = tables[np.arange(n), view["start"][:n] // page_size]
         for i, e in enumerate(plan.entries[n:], n):

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,7 @@ class _Flight:
     vectors: list[np.ndarray]  # the batches
     proof: int
     out: list[jax.Array]
+    tokens: list[jax.Array]  # sampled
     new: list[list[jax.Array]]  # K/V rows
     logits: list[list[jax.Array]]
     written: bool  # the rows are on their way into the cache
@@ -112,7 +114,9 @@ class Engine:
         self.epoch_heard = 0
         self.epoch_agreed = 0
         self.steps = 0
-        self._flight: _Flight | None = None
+        self._flights: deque[_Flight] = deque()  # oldest first; two at most, and one unless all ranks are here
+        none = np.zeros((1, config.max_batch), np.int32)
+        self._none = self.own.shards(self.own.put([none] * len(devices), SHARDED))  # for a step that follows no other
         self._tries = 0  # steps of this epoch, failed ones too; all its ranks count alike
         self.logits: dict[tuple[str, int], np.ndarray] = {}  # (request id, position) -> [V], with return_logits
 
@@ -258,15 +262,30 @@ class Engine:
         Blocks until the other ranks have done theirs; raises jax.errors.JaxRuntimeError when one of them is lost, with
         this engine as it was before the step.
         """
-        self.begin()
+        self._begin()
         return self.finish()
 
-    def begin(self) -> None:
-        """The first half of a step, up to where the devices have it."""
+    def begin(self) -> bool:
+        """Give the devices their next step, unless there is nothing to do, or nothing can be done before `finish`.
+
+        If all ranks are this process's, a second one may be begun: none can be lost, so its K/V may be written and its
+        tokens decoded before anyone has seen them.
+        """
+        ready = not self._flights and self.has_work
+        if self._flights and self._alone and not any(rank.scores for rank in self.ranks):
+            ready = all(rank.scheduler.can_look_ahead for rank in self.ranks) and any(map(self._level, self.ranks))
+        if ready:
+            self._begin()
+        return ready
+
+    @property
+    def _alone(self) -> bool:
+        return self.mesh is not None and self.mesh.is_local
+
+    def _begin(self) -> None:
         mesh = self.mesh
-        assert mesh is not None and self._flight is None, "no epoch has been entered, or a step has not been finished"
-        alone = mesh.is_local
-        level = max(self._level(rank) for rank in self.ranks) if alone else self.level
+        assert mesh is not None, "no epoch has been entered"
+        level = max(map(self._level, self.ranks)) if self._alone else self.level
         bucket = self.buckets[(level or 1) - 1]
         plans = [self._plan(rank, bucket) for rank in self.ranks]
         self._tries += 1
@@ -274,25 +293,32 @@ class Engine:
         try:
             heard = self.bells_heard, self.epoch_heard, proof
             vectors = [
-                self.layouts[bucket].pack(plan, (0 if alone else self._level(rank), *heard))[None]
+                self.layouts[bucket].pack(plan, (0 if self._alone else self._level(rank), *heard))[None]
                 for rank, plan in zip(self.ranks, plans, strict=True)
             ]
             batch = mesh.put(vectors, SHARDED)
-            cache = [self._label(mesh, array) for array in self.cache.values()]
-            step = self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
-            out, *rest = step([*self.fixed, *cache, batch])
-            new, logits = rest[: len(self.cache)], rest[len(self.cache) :]
-            if alone:  # no host can be lost, so the write need not wait for the step's result
+            last = self._flights[-1].tokens if self._flights else self._none
+            out, tokens, new, logits = self._run(bucket, last, batch)
+            if self._alone:
                 self._write(bucket, new, batch)
-            self._flight = _Flight(bucket, plans, vectors, proof, out, new, logits, written=alone)
+            self._flights.append(_Flight(bucket, plans, vectors, proof, out, tokens, new, logits, self._alone))
         except BaseException:
             self._discard(plans, bucket)
             raise
 
+    def _run(self, bucket: Bucket, last: list[jax.Array], batch: jax.Array) -> tuple[Any, ...]:
+        """The step's program: its results as in _Flight."""
+        mesh = self.mesh
+        assert mesh is not None
+        cache = [self._label(mesh, array) for array in self.cache.values()]
+        step = self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
+        out, tokens, *rest = step([*self.fixed, *cache, mesh.assemble(last, SHARDED), batch])
+        return out, tokens, rest[: len(cache)], rest[len(cache) :]
+
     def finish(self) -> list[TokenEvent]:
-        """The other half. Requests may be added and cancelled between the two."""
-        flight, self._flight = self._flight, None
-        assert flight is not None, "no step has been begun"
+        """Wait for the oldest step that was begun. Requests may be added and cancelled before."""
+        assert self._flights, "no step has been begun"
+        flight = self._flights[0]
         bucket, plans = flight.bucket, flight.plans
         try:
             outputs = [np.asarray(shard)[0] for shard in flight.out]  # blocks: errors surface here
@@ -304,8 +330,10 @@ class Engine:
                     "everywhere: the same moe-jax, C++ compiler and processor, or kernels='xla' on all ranks"
                 )
         except BaseException:
+            self._flights.clear()
             self._discard(plans, bucket)
             raise
+        self._flights.popleft()
         if not flight.written:
             self._write(bucket, flight.new, self.own.put(flight.vectors, SHARDED))
         self.steps += 1
@@ -324,7 +352,7 @@ class Engine:
     @property
     def in_flight(self) -> bool:
         """Whether a step has been begun and not finished."""
-        return self._flight is not None
+        return bool(self._flights)
 
     def _label(self, mesh: ExpertMesh, array: jax.Array) -> jax.Array:
         """A cache array of this process's ranks as their part of the mesh's."""
@@ -343,11 +371,9 @@ class Engine:
         assert self.mesh is not None, "no epoch has been entered"
         for bucket in self.buckets:
             vectors = [self.layouts[bucket].pack(StepPlan())[None] for _ in self.ranks]
-            cache = [self._label(self.mesh, array) for array in self.cache.values()]
-            step = self.programs.load(Program("step", bucket, self.mesh.size), self.mesh.devices)
-            out, *rest = step([*self.fixed, *cache, self.mesh.put(vectors, SHARDED)])
+            out, _, new, _ = self._run(bucket, self._none, self.mesh.put(vectors, SHARDED))
             jax.block_until_ready(out)
-            self._write(bucket, rest[: len(self.cache)], self.own.put(vectors, SHARDED))
+            self._write(bucket, new, self.own.put(vectors, SHARDED))
         jax.block_until_ready(self.cache)
 
     def _level(self, rank: Rank) -> int:
@@ -367,7 +393,8 @@ class Engine:
 
     def _keep_logits(self, plan: StepPlan, logits: np.ndarray) -> None:
         for i, e in enumerate(plan.sampled):
-            self.logits[e.sequence.request.request_id, e.sample_position] = logits[i].copy()
+            if not e.sequence.ended:
+                self.logits[e.sequence.request.request_id, e.sample_position] = logits[i].copy()
 
     # Scoring: a prefill whose rows all return their log-probabilities
 

@@ -181,6 +181,7 @@ class Executables:
 
         cache = {n: spec(s, engine.dtype, STACKED) for n, s in attention.cache_shapes(model, engine).items()}
         batch = spec((1, Layout(bucket, engine).size), np.int32, SHARDED)
+        last = spec((1, engine.max_batch), np.int32, SHARDED)
         if program.kind == "write":
             new = attention.new_shapes(model, bucket.rows)
             return cache, {n: spec(s, engine.dtype, STACKED) for n, s in new.items()}, batch
@@ -194,7 +195,7 @@ class Executables:
             lambda shape, t, p: spec(shape, t, p), shapes, self.types, param_specs(model), is_leaf=_shape
         )
         table = (model.num_moe_layers, model.num_experts, engine.max_replicas)
-        return params, spec(table, np.int32, REPLICATED), cache, batch
+        return params, spec(table, np.int32, REPLICATED), cache, last, batch
 
     def run(self, bucket: Bucket, ranks: int) -> Run:
         e = self.engine
@@ -211,7 +212,8 @@ class Executables:
         )
 
     def step(self, bucket: Bucket, mesh: ExpertMesh) -> Any:
-        """(params, table, cache, batch [ranks, size]) -> (output [ranks, words], new K/V rows, logits or None)."""
+        """(params, table, cache, last [ranks, max_batch], batch [ranks, size]) -> (output [ranks, words], sampled
+        tokens [ranks, max_batch], new K/V rows, logits or None). last: what the step before sampled."""
         run, layout, engine = self.run(bucket, mesh.size), Layout(bucket, self.engine), self.engine
 
         def agree(wish: jax.Array, after: jax.Array) -> jax.Array:
@@ -236,20 +238,23 @@ class Executables:
         @partial(
             jax.shard_map,
             mesh=mesh.mesh,
-            in_specs=(param_specs(self.model), REPLICATED, STACKED, SHARDED),
-            out_specs=(SHARDED, STACKED, SHARDED),
+            in_specs=(param_specs(self.model), REPLICATED, STACKED, SHARDED, SHARDED),
+            out_specs=(SHARDED, SHARDED, STACKED, SHARDED),
             check_vma=False,
         )
-        def step(params: Any, table: jax.Array, cache: attention.Cache, batch: jax.Array) -> Any:
+        def step(params: Any, table: jax.Array, cache: attention.Cache, last: jax.Array, batch: jax.Array) -> Any:
             b = layout.unpack(batch[0])
-            x, new = forward(run, params, table, cache, b.token, b.position, b.entries, b.page >= 0)
+            token = jnp.where(b.token < 0, last[0, jnp.maximum(-1 - b.token, 0)], b.token)
+            x, new = forward(run, params, table, cache, token, b.position, b.entries, b.page >= 0)
             if bucket.score:
                 scores = logits(run, params, x, b.entries.num_tiles * engine.row_tile)
-                return agree(b.wish, x)[None], new, log_softmax(scores)[None]
+                return agree(b.wish, x)[None], last, new, log_softmax(scores)[None]
             scores = logits(run, params, x[b.sample_row], b.num_sampled)
             reduce = partial(native.log_sum_exp, rows=b.num_sampled) if run.kernels == "native" else log_sum_exp
-            out = pack_output(agree(b.wish, x), sample(scores, b.sampling, b.want_top, reduce))
-            return out[None], new, scores[None] if engine.return_logits else None
+            sampled = sample(scores, b.sampling, b.want_top, reduce)
+            tokens = jnp.pad(sampled.token, (0, engine.max_batch - len(sampled.token)))
+            out = pack_output(agree(b.wish, x), sampled)
+            return out[None], tokens[None], new, scores[None] if engine.return_logits else None
 
         return step
 

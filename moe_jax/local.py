@@ -70,21 +70,19 @@ class LocalBackend:
             self.engine.cancel(request_id)
 
     def poll(self, timeout: float | None) -> list[TokenEvent]:
-        """One step's tokens, if there is work; a step takes as long as it takes. The next one is begun at once, so that
+        """One step's tokens, if there is work; a step takes as long as it takes. The next one is begun before, so that
         the devices work while the caller looks at these."""
         engine = self._open
-        if engine.has_work and not engine.in_flight:
-            engine.begin()
+        while engine.begin():
+            pass
         events, self._late = self._late, []
         if engine.in_flight:
             events += engine.finish()
-        if engine.has_work:
-            engine.begin()
         return events
 
     def score(self, token_ids: Sequence[int], chunk: int | None) -> np.ndarray:
         engine = self._open
-        if engine.in_flight:
+        while engine.in_flight:
             self._late += engine.finish()
         if engine.has_work:
             raise RuntimeError("score: found requests being served, expected none; finish or cancel them first")

@@ -4,10 +4,14 @@ Pure decisions: a queue, the running sequences and their pages, and nothing else
 model, the device, other ranks, or how steps are agreed; it is told how many rows a step has and fills them.
 
 A step is a list of tiles of `row_tile` rows. Decode rows come first, one per sequence, packed and padded up to a
-whole tile; then prefill tiles, each belonging to one sequence. At most one plan is in flight at a time:
+whole tile; then prefill tiles, each belonging to one sequence.
 
     plan = scheduler.schedule(rows, prefill)     # … run it, with scheduler.wish() riding on it …
     events = scheduler.complete(plan, tokens)    # after its K/V were written; or scheduler.discard(plan)
+
+A second plan may be made while the first is in flight (`can_look_ahead`). It takes for granted that the first one
+succeeds and that its tokens stop nobody; what it decodes then are tokens that are not known yet, named by their place
+among those that the first one samples. A sequence that does stop has been computed once in vain.
 
 Sequences run in the order of arrival. When pages run out the youngest running one is preempted: it gives up its
 pages, keeps its tokens, returns to the front of the queue and is prefilled again. Nobody preempts an older one.
@@ -96,8 +100,10 @@ class Sequence:
     token_ids: list[int]  # prompt and output
     pages: list[int] = field(default_factory=list)  # the block table: token i is in pages[i // page_size]
     num_computed: int = 0  # tokens whose K/V are written
-    scheduled: int = 0  # tokens that the plan in flight computes
-    cancelled: bool = False  # while in flight; dropped when the plan ends
+    scheduled: int = 0  # tokens that the plans in flight compute
+    sampled: int = 0  # tokens that they add
+    plans: int = 0  # of those in flight, how many it is in
+    ended: bool = False  # finished or cancelled; dropped when the last plan that it is in ends
     digests: list[bytes] = field(default_factory=list)  # of its full pages, filled in as needed
 
     @property
@@ -109,9 +115,15 @@ class Sequence:
         return len(self.token_ids) - len(self.request.token_ids)
 
     @property
+    def next_start(self) -> int:
+        """The first token that no plan has computed."""
+        return self.num_computed + self.scheduled
+
+    @property
     def remaining(self) -> int:
-        """Tokens to compute before the next one can be sampled. One for a running sequence means decode."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens to compute before the next one can be sampled, as if the plans in flight succeed. One for a running
+        sequence means decode."""
+        return len(self.token_ids) + self.sampled - self.next_start
 
 
 @dataclass
@@ -124,6 +136,7 @@ class Entry:
     first_row: int
     sample: bool  # the last row's logits give the next token
     is_decode: bool
+    after: int | None = None  # its token is the one that the plan before samples at this place; None: it is known
 
     @property
     def sample_row(self) -> int:
@@ -135,7 +148,7 @@ class Entry:
         return self.start + self.count
 
 
-@dataclass
+@dataclass(eq=False)
 class StepPlan:
     """What one rank computes in one step. May be empty: other ranks may have work."""
 
@@ -171,7 +184,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()  # oldest first, and all younger than the running ones
         self._waiting_tokens = 0
         self._running: list[Sequence] = []  # oldest first; these hold pages
-        self._in_flight: StepPlan | None = None
+        self._in_flight: deque[StepPlan] = deque()  # oldest first, at most two
         self._prefix_hit_tokens = 0
         self._preemptions = 0
 
@@ -197,15 +210,15 @@ class Scheduler:
         self._waiting_tokens += length
 
     def cancel(self, request_id: str) -> bool:
-        """Forget a request; False if it is not here. No event of it follows, its plan in flight included.
+        """Forget a request; False if it is not here. No event of it follows, those of plans in flight included.
 
-        Its pages are free at once, or when the plan in flight ends: that one still writes to them.
+        Its pages are free at once, or when no plan in flight writes to them any more.
         """
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return False
-        if sequence.scheduled:
-            sequence.cancelled = True
+        if sequence.plans:
+            sequence.ended = True
         elif sequence in self._running:
             self._running.remove(sequence)
             self._release(sequence)
@@ -245,12 +258,13 @@ class Scheduler:
         tile, running = self.limits.row_tile, 0
         decode_rows, budget = 0, self.limits.max_prefill_rows
         for sequence in self._running:
-            remaining = self._remaining_next(sequence)
-            running += remaining > 0
-            if remaining == 1:
+            if not self._goes_on(sequence):
+                continue
+            running += 1
+            if sequence.remaining == 1:
                 decode_rows += 1
             else:
-                budget -= min(ceil_div(remaining, tile) * tile, budget)
+                budget -= min(ceil_div(sequence.remaining, tile) * tile, budget)
         available, held = self.pool.num_available, running
         for sequence in self._waiting:
             reused, cost = self._admission(sequence)
@@ -262,34 +276,43 @@ class Scheduler:
         prefill_rows = self.limits.max_prefill_rows - budget
         return ceil_div(decode_rows, tile) * tile + prefill_rows, prefill_rows > 0
 
-    def _remaining_next(self, sequence: Sequence) -> int:
-        """Tokens left to compute once the plan in flight has succeeded; 0 if it is certain to be gone by then."""
-        if not sequence.scheduled:
-            return sequence.remaining
-        if sequence.cancelled:
-            return 0
-        if sequence.scheduled < sequence.remaining:
-            return sequence.remaining - sequence.scheduled
-        return int(sequence.num_output + 1 < sequence.request.output_limit(self.limits.max_model_len))
+    def _goes_on(self, sequence: Sequence) -> bool:
+        """Whether a running sequence may need another step after the plans in flight; False if it is certain to end."""
+        limit = sequence.request.output_limit(self.limits.max_model_len)
+        return not sequence.ended and sequence.num_output + sequence.sampled < limit
 
     # Steps
+
+    @property
+    def can_look_ahead(self) -> bool:
+        """Whether a second plan can be made now: there is one in flight, and nobody need be preempted for the next."""
+        if len(self._in_flight) != 1:
+            return False
+        size, needed = self.limits.page_size, 0
+        for sequence in self._running:
+            if self._goes_on(sequence):
+                end = sequence.next_start + min(sequence.remaining, self.limits.max_prefill_rows)
+                needed += max(0, ceil_div(end, size) - len(sequence.pages))
+        return needed <= self.pool.num_available
 
     def schedule(self, rows: int, prefill: bool) -> StepPlan:
         """Fill a step of `rows` rows; without `prefill` only its decode rows. An empty plan is legal.
 
-        Any number of rows will do, fewer or more than wished for. The plan must be completed or discarded before the
-        next one: raises RuntimeError otherwise, and ValueError for negative rows.
+        Any number of rows will do, fewer or more than wished for. Raises RuntimeError when a plan is in flight and
+        cannot be looked beyond, and ValueError for negative rows.
         """
-        if self._in_flight is not None:
+        if self._in_flight and not self.can_look_ahead:
             raise RuntimeError("schedule: found a plan in flight, expected complete() or discard() of it first")
         limits, plan = self.limits, StepPlan()
+        places = {e.sequence: i for p in self._in_flight for i, e in enumerate(p.sampled)}
         if rows < 0:
             raise ValueError(f"rows: found {rows}, expected at least 0")
         rows -= rows % limits.row_tile
         # Preemption in this loop removes only later sequences, which a list's iterator allows.
         for sequence in self._running:
-            if plan.decode_rows < rows and sequence.remaining == 1 and self._grow(sequence, 1):
-                self._place(plan, sequence, 1, plan.decode_rows, is_decode=True)
+            ready = plan.decode_rows < rows and sequence.remaining == 1 and self._goes_on(sequence)
+            if ready and self._grow(sequence, 1):
+                self._place(plan, sequence, 1, plan.decode_rows, is_decode=True, after=places.get(sequence))
                 plan.decode_rows += 1
         # Neighbours visit their pages together, so sequences of like length belong together.
         plan.entries.sort(key=lambda e: e.start)
@@ -298,23 +321,25 @@ class Scheduler:
         plan.rows = ceil_div(plan.decode_rows, limits.row_tile) * limits.row_tile
         if prefill:
             self._schedule_prefill(plan, min(rows, plan.rows + limits.max_prefill_rows))
-        self._in_flight = plan
+        self._in_flight.append(plan)
         return plan
 
     def _schedule_prefill(self, plan: StepPlan, rows: int) -> None:
         """Fill the plan's rows up to `rows`, in order of arrival: nobody starts while an older one is stuck."""
         for sequence in self._running:
-            if sequence.remaining > 1 and not self._place_chunk(plan, sequence, rows):
+            if sequence.remaining > 1 and not sequence.ended and not self._place_chunk(plan, sequence, rows):
                 return
-        while self._waiting and plan.rows < rows and len(self._running) < self.limits.max_batch:
+        running = sum(map(self._goes_on, self._running))
+        while self._waiting and plan.rows < rows and running < self.limits.max_batch:
             sequence = self._waiting[0]
             reused, cost = self._admission(sequence)
             # Room for all its tokens and a page for each running sequence, or it would soon be preempted again.
-            if cost + len(self._running) > self.pool.num_available:
+            if cost + running > self.pool.num_available:
                 return
             self._waiting.popleft()
             self._waiting_tokens -= len(sequence.token_ids)
             self._running.append(sequence)
+            running += 1
             sequence.pages = self.pool.match(self._reusable(sequence))
             sequence.num_computed = reused
             self._prefix_hit_tokens += reused
@@ -323,72 +348,91 @@ class Scheduler:
 
     def _place_chunk(self, plan: StepPlan, sequence: Sequence, rows: int) -> bool:
         """Place as much of its prefill as rows and pages allow. Whether that was all of it."""
-        count = self._grow(sequence, min(sequence.remaining, rows - plan.rows))
+        wanted = sequence.remaining
+        count = self._grow(sequence, min(wanted, rows - plan.rows))
         if count:
             self._place(plan, sequence, count, plan.rows, is_decode=False)
             plan.rows += ceil_div(count, self.limits.row_tile) * self.limits.row_tile
-        return count == sequence.remaining
+        return count == wanted
 
-    def _place(self, plan: StepPlan, sequence: Sequence, count: int, first_row: int, is_decode: bool) -> None:
+    def _place(
+        self,
+        plan: StepPlan,
+        sequence: Sequence,
+        count: int,
+        first_row: int,
+        is_decode: bool,
+        after: int | None = None,
+    ) -> None:
         sample = count == sequence.remaining
-        plan.entries.append(Entry(sequence, sequence.num_computed, count, first_row, sample, is_decode))
-        sequence.scheduled = count
+        plan.entries.append(Entry(sequence, sequence.next_start, count, first_row, sample, is_decode, after))
+        sequence.scheduled += count
+        sequence.sampled += sample
+        sequence.plans += 1
 
     def complete(self, plan: StepPlan, tokens: Seq[Sampled]) -> list[TokenEvent]:
         """The step happened and its K/V are written: `tokens` holds one (token, log-probability, top) per plan.sampled.
 
-        Returns the new tokens' events, in the same order, without those of cancelled requests. Raises ValueError for
-        a wrong number of tokens and RuntimeError when the plan is not in flight; nothing has changed then.
+        Returns the new tokens' events, in the same order, without those of ended requests. Raises ValueError for
+        a wrong number of tokens and RuntimeError when it is not the oldest plan in flight; nothing has changed then.
         """
-        self._check_in_flight(plan)
+        if not self._in_flight or plan is not self._in_flight[0]:
+            raise RuntimeError("complete: found a plan that is not in flight, expected the oldest that is")
         if len(tokens) != len(plan.sampled):
             raise ValueError(f"tokens: found {len(tokens)}, expected {len(plan.sampled)}, one per sampled entry")
+        self._in_flight.popleft()
         events: list[TokenEvent] = []
         results = iter(tokens)
         for entry in plan.entries:
-            self._publish(entry)
-            if entry.sample:
-                result = next(results)
-                if not entry.sequence.cancelled:
-                    events.append(self._append(entry.sequence, *result))
-        self._end(plan, {self._sequences.pop(e.request_id) for e in events if e.finish_reason is not None})
+            sequence, result = entry.sequence, next(results) if entry.sample else None
+            sequence.num_computed += entry.count
+            if not sequence.ended:
+                self._publish(entry)
+                if result is not None:
+                    events.append(self._append(sequence, *result))
+        self._end(plan)
         return events
 
     def discard(self, plan: StepPlan) -> None:
-        """The step failed: nothing of it happened, and the same work is scheduled again later.
+        """The step failed: nothing of it happened, and the same work is scheduled again later. A plan made after it
+        goes with it.
 
         Raises RuntimeError when the plan is not in flight.
         """
-        self._check_in_flight(plan)
-        self._end(plan, set())
+        if plan not in self._in_flight:
+            raise RuntimeError("discard: found a plan that is not in flight, expected one that is")
+        last = None
+        while last is not plan:
+            last = self._in_flight.pop()
+            self._end(last)
 
     def _append(self, sequence: Sequence, token: int, logprob: float, top: Seq[tuple[int, float]]) -> TokenEvent:
         request, index = sequence.request, sequence.num_output
         sequence.token_ids.append(token)
         reason = request.finish_reason(token, index + 1, self.limits.max_model_len)
+        if reason is not None:
+            del self._sequences[request.request_id]
+            sequence.ended = True
         return TokenEvent(request.request_id, index, token, logprob, tuple(top), reason)
 
     def _publish(self, entry: Entry) -> None:
-        """Count the entry's tokens as computed, and let others find the pages they filled."""
+        """Let others find the pages that the entry filled."""
         sequence, size = entry.sequence, self.limits.page_size
-        sequence.num_computed += entry.count
         if self.pool.prefix_caching:
             extend_digests(sequence.digests, sequence.token_ids, size)
             for page in range(entry.start // size, sequence.num_computed // size):
                 self.pool.publish(sequence.pages[page], sequence.digests[page])
 
-    def _end(self, plan: StepPlan, finished: set[Sequence]) -> None:
-        """Take the plan out of flight, and drop the sequences that finished with it or were cancelled during it."""
+    def _end(self, plan: StepPlan) -> None:
+        """The plan is out of flight; drop the sequences that have ended and are in no other."""
         for entry in plan.entries:
-            entry.sequence.scheduled = 0
-            if entry.sequence.cancelled or entry.sequence in finished:
-                self._running.remove(entry.sequence)
-                self._release(entry.sequence)
-        self._in_flight = None
-
-    def _check_in_flight(self, plan: StepPlan) -> None:
-        if plan is not self._in_flight:
-            raise RuntimeError("plan: found one that is not in flight, expected the one schedule() returned last")
+            sequence = entry.sequence
+            sequence.scheduled -= entry.count
+            sequence.sampled -= entry.sample
+            sequence.plans -= 1
+            if sequence.ended and not sequence.plans:
+                self._running.remove(sequence)
+                self._release(sequence)
 
     # Pages
 
@@ -398,9 +442,9 @@ class Scheduler:
         A sequence that gets no room keeps what it has and waits: only an older one may take its pages.
         """
         size = self.limits.page_size
-        while len(sequence.pages) * size < sequence.num_computed + count:
+        while len(sequence.pages) * size < sequence.next_start + count:
             if not self.pool.num_available and not self._preempt_younger(sequence):
-                return len(sequence.pages) * size - sequence.num_computed
+                return len(sequence.pages) * size - sequence.next_start
             if self.pool.num_available:  # a victim whose pages are all shared frees none
                 sequence.pages.append(self.pool.allocate())
         return count
@@ -408,8 +452,9 @@ class Scheduler:
     def _preempt_younger(self, sequence: Sequence) -> bool:
         """Preempt the youngest running sequence; False if that is this one.
 
-        The victim is never in the plan: decodes are placed oldest first, and a prefill that still lacks pages is the
-        youngest, because nobody is admitted behind it before it got all it needs.
+        The victim is in no plan. Not in this one: decodes are placed oldest first, and a prefill that still lacks
+        pages is the youngest, because nobody is admitted behind it before it got all it needs. Nor in one in flight:
+        nobody looks ahead when that would preempt anyone.
         """
         if self._running[-1] is sequence:
             return False

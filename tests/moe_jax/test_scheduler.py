@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,8 +13,9 @@ EOS = 3
 TILE = 16
 
 
-def fingerprints(tokens, known):
+def fingerprints(tokens, known=None):
     """Extend `known` to one value per position that stands for all tokens up to it, which is what K/V depend on."""
+    known = [] if known is None else known
     for position in range(len(known), len(tokens)):
         known.append(hash((known[-1] if known else 0, position, tokens[position])))
     return known
@@ -42,7 +44,8 @@ class Rank:
         self.limits = limits
         self.scheduler = Scheduler(limits, prefix_caching)
         self.cache = {}  # (page, offset) -> the fingerprint of what was written there last
-        self.known = {}  # fingerprints of each sequence
+        self.flights = {}  # what plans in flight were given: of each entry its tokens, as far as known, and its pages
+        self.given = []  # the tokens that the step before gave
         self.arrivals = {}  # order in which sequences were added
         self.outputs = {}
         self.reasons = {}
@@ -52,18 +55,17 @@ class Rank:
         self.arrivals[self.scheduler._waiting[-1]] = len(self.arrivals)
         self.outputs[request.request_id] = list(request.output_ids)
 
-    def fingerprints(self, sequence):
-        return fingerprints(sequence.token_ids, self.known.setdefault(sequence, []))
-
     def schedule(self, rows, prefill):
+        starts = {s: s.num_computed + s.scheduled for s in self.scheduler._running}
         plan = self.scheduler.schedule(rows, prefill)
-        self.check(plan, rows, prefill)
+        self.check(plan, rows, prefill, starts)
+        self.flights[plan] = [(e.sequence.token_ids[: e.start + e.count], list(e.sequence.pages)) for e in plan.entries]
         return plan
 
-    def check(self, plan, rows, prefill):
+    def check(self, plan, rows, prefill, starts):
         limits, pool = self.limits, self.scheduler.pool
         assert plan.rows <= rows and plan.rows % TILE == 0
-        assert len(self.scheduler._running) <= limits.max_batch
+        assert len(plan.entries) <= limits.max_batch
         decodes = [entry for entry in plan.entries if entry.is_decode]
         assert decodes == plan.entries[: plan.decode_rows] and len(decodes) == plan.decode_rows
         assert [entry.first_row for entry in decodes] == list(range(len(decodes)))
@@ -77,10 +79,10 @@ class Rank:
         for entry in plan.entries:
             sequence, size = entry.sequence, limits.page_size
             end = entry.start + entry.count
-            assert entry.start == sequence.num_computed and len(sequence.pages) * size >= end
-            assert entry.sample == (end == len(sequence.token_ids)) and entry.sample_position == end
-            for position, prefix in enumerate(self.fingerprints(sequence)[: entry.start]):
-                assert self.cache[sequence.pages[position // size], position % size] == prefix
+            assert entry.start == starts.get(sequence, sequence.num_computed) and len(sequence.pages) * size >= end
+            unknown = entry.after is not None
+            assert not unknown or (entry.is_decode and len(self.flights) == 1)
+            assert entry.sample == (end == len(sequence.token_ids) + unknown) and entry.sample_position == end
             for position in range(entry.start, end):
                 assert pool.references(sequence.pages[position // size]) == 1
             assert sequence in self.scheduler._running
@@ -91,11 +93,16 @@ class Rank:
         assert not any(sequence.pages for sequence in self.scheduler._waiting)
 
     def complete(self, plan):
-        for entry in plan.entries:  # the engine writes K/V first
-            pages, size, known = entry.sequence.pages, self.limits.page_size, self.fingerprints(entry.sequence)
-            for position in range(entry.start, entry.start + entry.count):
+        tokens, size = [], self.limits.page_size
+        for entry, (inputs, pages) in zip(plan.entries, self.flights.pop(plan), strict=True):
+            known = fingerprints(inputs if entry.after is None else [*inputs, self.given[entry.after]])
+            assert len(known) == entry.start + entry.count
+            for position in range(entry.start):
+                assert self.cache[pages[position // size], position % size] == known[position]
+            for position in range(entry.start, len(known)):  # the engine writes K/V first
                 self.cache[pages[position // size], position % size] = known[position]
-        tokens = [next_token(self.fingerprints(entry.sequence)) for entry in plan.sampled]
+            tokens += [next_token(known)] if entry.sample else []
+        self.given = tokens
         for event in self.scheduler.complete(plan, [(token, -float(token), [(token, 0.0)]) for token in tokens]):
             output = self.outputs[event.request_id]
             assert event.index == len(output) and event.logprob == -event.token and event.top == ((event.token, 0.0),)
@@ -103,6 +110,11 @@ class Rank:
             output.append(event.token)
             if event.finish_reason:
                 self.reasons[event.request_id] = event.finish_reason
+
+    def discard(self, plan):
+        self.scheduler.discard(plan)
+        for other in list(self.flights)[list(self.flights).index(plan) :]:
+            del self.flights[other]
 
     def finish(self, wish):
         """Run steps, each as the one before it wished, until no work is left."""
@@ -157,6 +169,8 @@ def test_random_histories(seed):
     rank = Rank(limits, prefix_caching=rng.random() < 0.8)
     requests, cancelled, number, wish = {}, set(), 0, (0, False)
 
+    ahead = rng.random() < 0.5
+
     def disturb():
         nonlocal number
         while rng.random() < 0.4:
@@ -187,16 +201,22 @@ def test_random_histories(seed):
             case _:
                 rows, prefill = fresh
         idle = not rank.scheduler.has_work
-        assert idle == (fresh == (0, False))
-        plan = rank.schedule(rows, prefill)
-        assert plan.entries or idle or (rows, prefill) != fresh
-        disturb()
+        assert (fresh == (0, False)) if idle else (fresh != (0, False) or rank.flights)
+        if not rank.flights or rank.scheduler.can_look_ahead:
+            plan = rank.schedule(rows, prefill)
+            assert plan.entries or idle or rank.flights or (rows, prefill) != fresh
+            disturb()
         wish = rank.scheduler.wish()
         disturb()
+        if ahead and len(rank.flights) == 1 and rng.random() < 0.6:
+            continue
+        oldest, *others = rank.flights
         if rng.random() < 0.15:
-            rank.scheduler.discard(plan)
+            rank.discard(rng.choice([oldest, *others]))
         else:
-            rank.complete(plan)
+            rank.complete(oldest)
+    while rank.flights:
+        rank.complete(next(iter(rank.flights)))
     rank.finish(rank.scheduler.wish())
     for name, request in requests.items():
         output, reason = undisturbed(request, limits.max_model_len)
@@ -250,7 +270,7 @@ def test_capacity_is_obeyed():
         step(rank)
     plan = rank.schedule(15, True)
     assert plan.entries == []  # less than a tile
-    rank.scheduler.discard(plan)
+    rank.discard(plan)
     rank.add(ask("x", [1]))
     plan = rank.schedule(100, False)
     assert plan.rows == 16 and all(entry.is_decode for entry in plan.entries)
@@ -261,7 +281,7 @@ def test_discard_schedules_the_same_work_again():
     rank.add(ask("a", [1] * 20))
     for rows in (16, 16, 16):
         first = rank.schedule(rows, True)
-        rank.scheduler.discard(first)
+        rank.discard(first)
         second = rank.schedule(rows, True)
         assert shape(first) == shape(second)
         rank.complete(second)
@@ -381,12 +401,46 @@ def test_queue_is_bounded_except_for_accepted_requests():
     assert scheduler.stats().waiting == 2
 
 
-def test_one_plan_at_a_time():
+def test_looking_ahead_decodes_tokens_that_are_not_known_yet():
+    rank = Rank(replace(LIMITS, max_prefill_rows=48))
+    for name, most in zip("abc", (2, 8, 8), strict=True):
+        rank.add(ask(name, [7] * 3, max_tokens=most, stop_token_ids=[0, 1, 2, 3] if name == "b" else ()))
+    assert not rank.scheduler.can_look_ahead
+    first = rank.schedule(48, True)
+    assert rank.scheduler.can_look_ahead and rank.scheduler.wish() == (16, False)
+    second = rank.schedule(16, False)
+    assert [entry.after for entry in second.entries] == [0, 1, 2] and not rank.scheduler.can_look_ahead
+    rank.complete(first)
+    assert rank.reasons == {"b": "stop"} and rank.scheduler.stats().pages_used == 3  # b's is still written to
+    third = rank.schedule(16, False)
+    assert [(e.sequence.request.request_id, e.after) for e in third.entries] == [("c", 2)]  # a ends with the second
+    rank.complete(second)
+    assert rank.reasons == {"a": "length", "b": "stop"} and rank.scheduler.stats().pages_used == 2
+    rank.discard(third)
+    rank.finish(rank.scheduler.wish())
+    assert [len(rank.outputs[name]) for name in "abc"] == [2, 1, 8]
+
+
+def test_nobody_looks_ahead_when_a_page_must_be_taken_for_it():
+    rank = Rank(Limits(page_size=4, num_pages=3, max_batch=16, max_prefill_rows=32, max_model_len=8))
+    for name in "ab":
+        rank.add(ask(name, [1] * 4, max_tokens=4))
+    rank.schedule(32, True)
+    assert not rank.scheduler.can_look_ahead
+    with pytest.raises(RuntimeError, match="in flight"):
+        rank.scheduler.schedule(16, True)
+
+
+def test_two_plans_at_most():
     scheduler = Scheduler(LIMITS)
     scheduler.add(ask("a", [1]))
     plan = scheduler.schedule(16, True)
+    second = scheduler.schedule(16, True)
     with pytest.raises(RuntimeError, match="in flight"):
         scheduler.schedule(16, True)
+    with pytest.raises(RuntimeError, match="the oldest"):
+        scheduler.complete(second, [])
+    scheduler.discard(second)
     with pytest.raises(ValueError, match="found 0, expected 1"):
         scheduler.complete(plan, [])
     scheduler.complete(plan, [(5, 0.0, ())])
