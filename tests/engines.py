@@ -36,13 +36,16 @@ def request(
     return Request(name, prompt, SamplingParams(max_tokens=max_tokens, **params), output or ())
 
 
-def run(engine: Engine, requests: list[Request], rank: int | None = None) -> dict[str, list[int]]:
-    """Serve them, spread over the ranks or all on one. The tokens of each; logits are in engine.logits."""
+def run(engine: Engine, requests: list[Request], rank: int | None = None, ahead: bool = False) -> dict[str, list[int]]:
+    """Serve them, spread over the ranks or all on one; `ahead`: a step is begun before the last one is finished.
+    The tokens of each; logits are in engine.logits."""
     out: dict[str, list[int]] = {r.request_id: list(r.output_ids) for r in requests}
     for i, r in enumerate(requests):
         engine.add(i % len(engine.ranks) if rank is None else rank, r)
     while engine.has_work:
-        for event in engine.step():
+        while ahead and engine.begin():
+            pass
+        for event in engine.finish() if ahead else engine.step():
             assert event.index == len(out[event.request_id])
             out[event.request_id].append(event.token)
     return out

@@ -15,8 +15,8 @@ from moe_jax.programs import ProgramStore
 from tests.engines import make_engine, request, run
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_nothing_is_compiled_while_serving(ranks: int) -> None:
+@pytest.mark.parametrize("ranks, ahead", [(1, True), (4, False)])
+def test_nothing_is_compiled_while_serving(ranks: int, ahead: bool) -> None:
     """500 requests of random length, parameters and time of arrival after the warm-up."""
     engine = make_engine(ranks=ranks, return_logits=False, prefix_caching=True)
     rng = np.random.default_rng(ranks)
@@ -43,7 +43,9 @@ def test_nothing_is_compiled_while_serving(ranks: int) -> None:
         for r in waiting[: rng.integers(0, 12)]:
             engine.add(int(rng.integers(ranks)), r)
             waiting.remove(r)
-        for event in engine.step() if engine.has_work else []:
+        while ahead and engine.begin():
+            pass
+        for event in engine.finish() if engine.in_flight else engine.step() if engine.has_work else []:
             found[event.request_id] = found.get(event.request_id, 0) + 1
     assert found == expected
     assert compilations.count == before

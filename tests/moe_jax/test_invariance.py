@@ -61,6 +61,24 @@ def test_batched_on_any_mesh(alone: dict, ranks: int, slots: int | None) -> None
     assert sum(k[0] in PROMPTS for k in engine.logits) == len(alone)
 
 
+@pytest.mark.parametrize("ranks, pages", [(1, 64), (3, 64), (1, 9)])
+def test_ahead(alone: dict, ranks: int, pages: int) -> None:
+    """Tokens that the host has not seen are decoded, among requests that stop on one of them."""
+    engine = make_engine(ranks=ranks, num_pages=pages)
+    stopping = request("s", PROMPTS["p3"], TOKENS)
+    expected = run(make_engine(), [stopping])["s"]
+    requests = mixed()
+    for i, r in enumerate(requests):
+        if r.request_id.startswith("x") and len(r.token_ids) + r.params.max_tokens > 64 * pages - 64:
+            requests[i] = request(r.request_id, list(r.token_ids[:9]), 3)
+    stops = [request(f"s{i}", PROMPTS["p3"], TOKENS, stop_token_ids=[expected[i]]) for i in range(0, TOKENS, 2)]
+    out = run(engine, [*requests, *stops], ahead=True)
+    for i, r in zip(range(0, TOKENS, 2), stops, strict=True):
+        assert out[r.request_id] == expected[: expected.index(expected[i]) + 1]
+    same_bits({k: v for k, v in engine.logits.items() if k[0] in PROMPTS}, alone)
+    assert sum(k[0] in PROMPTS for k in engine.logits) == len(alone)
+
+
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_preempted(ranks: int, alone: dict) -> None:
     engine = make_engine(ranks=ranks, num_pages=9, prefix_caching=False)
