@@ -128,6 +128,7 @@ class Engine:
         Experts that this process should hold and does not are taken from `fetched`, or loaded. The next step is the
         first of the epoch; nothing is agreed before it. Returns the seconds that experts took.
         """
+        self.leave()
         begun = time.monotonic()
         self.hold(slots[:, list(mesh.local)], fetched or {})
         seconds = time.monotonic() - begun
@@ -157,7 +158,11 @@ class Engine:
                 time.sleep(3 * (time.monotonic() - begun))  # the steps beside it want the processor, too
 
     def leave(self) -> None:
-        """The epoch is over; no step until another one is entered."""
+        """The epoch is over; no step until another one is entered. A step that was begun ahead did not happen."""
+        if self._flights:
+            jax.block_until_ready([flight.out for flight in self._flights])
+            self._discard(self._flights[0].plans, self._flights[0].bucket)
+            self._flights.clear()
         self.mesh = None
 
     def hold(self, slots: np.ndarray, fetched: Experts) -> None:
@@ -251,32 +256,31 @@ class Engine:
         if self.mesh is None:
             return True
         if self.mesh.is_local:
-            return not self.has_work
+            return not self.has_work and self.epoch_agreed >= self.epoch_heard
         return self.level == 0 and self.bells_heard <= self.bells_answered and self.epoch_agreed >= 0
 
     # Steps
 
-    def step(self) -> list[TokenEvent]:
+    def step(self, ahead: bool = False) -> list[TokenEvent]:
         """One step of the mesh. Returns the new tokens of this process's ranks.
 
         Blocks until the other ranks have done theirs; raises jax.errors.JaxRuntimeError when one of them is lost, with
         this engine as it was before the step.
+
+        ahead: have the devices begin the next step before this one's tokens are seen, if that can be: if all ranks are
+        this process's. None can be lost then, so K/V may be written and tokens decoded before anyone has read them.
         """
-        self._begin()
+        if not self._flights:
+            self._begin()
+        if ahead and self._can_look_ahead:
+            self._begin()
         return self.finish()
 
-    def begin(self) -> bool:
-        """Give the devices their next step, unless there is nothing to do, or nothing can be done before `finish`.
-
-        If all ranks are this process's, a second one may be begun: none can be lost, so its K/V may be written and its
-        tokens decoded before anyone has seen them.
-        """
-        ready = not self._flights and self.has_work
-        if self._flights and self._alone and not any(rank.scores for rank in self.ranks):
-            ready = all(rank.scheduler.can_look_ahead for rank in self.ranks) and any(map(self._level, self.ranks))
-        if ready:
-            self._begin()
-        return ready
+    @property
+    def _can_look_ahead(self) -> bool:
+        if len(self._flights) != 1 or not self._alone or any(rank.scores for rank in self.ranks):
+            return False
+        return all(rank.scheduler.can_look_ahead for rank in self.ranks) and any(map(self._level, self.ranks))
 
     @property
     def _alone(self) -> bool:
@@ -316,8 +320,7 @@ class Engine:
         return out, tokens, rest[: len(cache)], rest[len(cache) :]
 
     def finish(self) -> list[TokenEvent]:
-        """Wait for the oldest step that was begun. Requests may be added and cancelled before."""
-        assert self._flights, "no step has been begun"
+        """Wait for the oldest step that was begun."""
         flight = self._flights[0]
         bucket, plans = flight.bucket, flight.plans
         try:
@@ -351,7 +354,7 @@ class Engine:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a step has been begun and not finished."""
+        """Whether a step has been begun ahead and not finished."""
         return bool(self._flights)
 
     def _label(self, mesh: ExpertMesh, array: jax.Array) -> jax.Array:

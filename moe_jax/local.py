@@ -70,15 +70,11 @@ class LocalBackend:
             self.engine.cancel(request_id)
 
     def poll(self, timeout: float | None) -> list[TokenEvent]:
-        """One step's tokens, if there is work; a step takes as long as it takes. The next one is begun before, so that
-        the devices work while the caller looks at these."""
+        """One step's tokens, if there is work; a step takes as long as it takes. The next one has begun then, and the
+        devices work while the caller looks at these."""
         engine = self._open
-        while engine.begin():
-            pass
         events, self._late = self._late, []
-        if engine.in_flight:
-            events += engine.finish()
-        return events
+        return events + engine.step(ahead=True) if engine.has_work else events
 
     def score(self, token_ids: Sequence[int], chunk: int | None) -> np.ndarray:
         engine = self._open

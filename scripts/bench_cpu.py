@@ -229,7 +229,7 @@ def host_phases() -> Iterator[dict[str, float]]:
         ("copy to the devices", ExpertMesh, "put"),
         ("unpack", engine, "unpack_output"),
         ("tokens to requests", engine.Scheduler, "complete"),
-        ("begin", engine.Engine, "begin"),
+        ("begin", engine.Engine, "_begin"),
         ("finish", engine.Engine, "finish"),
     ):
         replace(owner, name, functools.partial(clocked, phase))

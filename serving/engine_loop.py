@@ -256,7 +256,7 @@ class EngineLoop:
         engine = self.engine
         try:
             with self._collective(engine.epoch):
-                events = engine.step()
+                events = engine.step(ahead=True)
         except Aborted:
             engine.leave()
             return

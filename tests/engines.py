@@ -43,9 +43,7 @@ def run(engine: Engine, requests: list[Request], rank: int | None = None, ahead:
     for i, r in enumerate(requests):
         engine.add(i % len(engine.ranks) if rank is None else rank, r)
     while engine.has_work:
-        while ahead and engine.begin():
-            pass
-        for event in engine.finish() if ahead else engine.step():
+        for event in engine.step(ahead):
             assert event.index == len(out[event.request_id])
             out[event.request_id].append(event.token)
     return out

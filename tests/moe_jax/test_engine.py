@@ -43,9 +43,7 @@ def test_nothing_is_compiled_while_serving(ranks: int, ahead: bool) -> None:
         for r in waiting[: rng.integers(0, 12)]:
             engine.add(int(rng.integers(ranks)), r)
             waiting.remove(r)
-        while ahead and engine.begin():
-            pass
-        for event in engine.finish() if engine.in_flight else engine.step() if engine.has_work else []:
+        for event in engine.step(ahead) if engine.has_work else []:
             found[event.request_id] = found.get(event.request_id, 0) + 1
     assert found == expected
     assert compilations.count == before
