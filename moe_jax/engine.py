@@ -157,6 +157,15 @@ class Engine:
                 self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
                 time.sleep(3 * (time.monotonic() - begun))  # the steps beside it want the processor, too
 
+    def connect(self, mesh: ExpertMesh) -> None:
+        """Build the communicator of a mesh that may be entered later: all its ranks together, between the same two
+        steps, for a device runs its programs in order. Raises JaxRuntimeError if one of them is lost."""
+        connect = self.programs.load(self.programs.connection(mesh.size), mesh.devices)
+        ones = mesh.put([np.ones(1, np.int32) for _ in mesh.local], SHARDED)
+        for (total,) in connect([ones]):
+            if int(np.asarray(total)[0]) != mesh.size:
+                raise jax.errors.JaxRuntimeError(f"epoch {self.epoch}: a collective was aborted")
+
     def leave(self) -> None:
         """The epoch is over; no step until another one is entered. A step that was begun ahead did not happen."""
         if self._flights:

@@ -49,9 +49,9 @@ compilations = CompileCounter()
 
 @dataclass(frozen=True)
 class Program:
-    """Which program: a step for a mesh of `ranks`, or a write for so many ranks of one process."""
+    """Which program: a step for a mesh of `ranks`, a write for that many of one process, or what connects a mesh."""
 
-    kind: Literal["step", "write"]
+    kind: Literal["step", "write", "connect"]
     bucket: Bucket
     ranks: int
 
@@ -97,7 +97,16 @@ class Executables:
     def wanted(self, ranks: int, local: int = 1) -> list[Program]:
         """What a mesh of `ranks`, `local` of them in this process, needs; most urgent first."""
         kinds: tuple[tuple[Literal["step", "write"], int], ...] = (("step", ranks), ("write", local))
-        return [Program(kind, bucket, size) for bucket in self.engine.buckets for kind, size in kinds]
+        programs = [Program(kind, bucket, size) for bucket in self.engine.buckets for kind, size in kinds]
+        return [*programs, self.connection(ranks)] if self.connects_ahead and ranks > 1 else programs
+
+    @property
+    def connects_ahead(self) -> bool:
+        """Whether a mesh's communicator can be built before the mesh is needed. Gloo's would be cut with the others."""
+        return self.kind != "cpu"
+
+    def connection(self, ranks: int) -> Program:
+        return Program("connect", self.engine.buckets[0], ranks)
 
     def key(self, program: Program) -> str:
         types = [str(t) for t in jax.tree.leaves(self.types)]
@@ -165,7 +174,7 @@ class Executables:
         """Compile for any `program.ranks` devices, and keep it."""
         mesh = ExpertMesh(tuple(devices))
         assert mesh.size == program.ranks, (program, devices)
-        build = self.step if program.kind == "step" else self.write
+        build = {"step": self.step, "write": self.write, "connect": self.connect}[program.kind]
         lowered = build(program.bucket, mesh).lower(*self.arguments(program, mesh))
         raw = serialize_program(lowered, self.engine.deterministic)
         self.store.put(self.key(program), raw)
@@ -182,6 +191,8 @@ class Executables:
         cache = {n: spec(s, engine.dtype, STACKED) for n, s in attention.cache_shapes(model, engine).items()}
         batch = spec((1, Layout(bucket, engine).size), np.int32, SHARDED)
         last = spec((1, engine.max_batch), np.int32, SHARDED)
+        if program.kind == "connect":
+            return (spec((1,), np.int32, SHARDED),)
         if program.kind == "write":
             new = attention.new_shapes(model, bucket.rows)
             return cache, {n: spec(s, engine.dtype, STACKED) for n, s in new.items()}, batch
@@ -275,6 +286,12 @@ class Executables:
             return (native if native_kernels else attention).write(cache, new, b.position, b.page)
 
         return write
+
+    def connect(self, bucket: Bucket, mesh: ExpertMesh) -> Any:
+        """[ranks] -> their sum, for each of them: the least that makes XLA build the mesh's communicator."""
+        del bucket
+        psum = partial(lax.psum, axis_name=AXIS)
+        return jax.jit(jax.shard_map(psum, mesh=mesh.mesh, in_specs=SHARDED, out_specs=SHARDED, check_vma=False))
 
 
 def choose(kernels: str, kind: str, refused: str | None = None) -> Any:

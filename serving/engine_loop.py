@@ -20,6 +20,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,7 @@ _CUT_FOR = 2.0  # seconds; leaving takes some hundredths
 _BARRIER = 60.0  # seconds; the coordinator gives up on this rank before that
 _PREPARE_AFTER = 1.0  # seconds after a loss: until then the steps that make up for it have the machine
 _TICK = 0.002
+_CONNECTED = 8  # communicators built ahead in an epoch: each takes memory on the device
 
 
 class Aborted(RuntimeError):
@@ -62,6 +64,7 @@ class EngineLoop:
         self._inside = 0  # the epoch in whose collectives the main thread is
         self._gate = threading.Lock()  # held to change `_inside`, and to cut what is inside
         self._cut = 0.0  # when a cut was asked for
+        self._unconnected: deque[ExpertMesh] = deque()  # meshes that a loss would leave, without a communicator yet
         self._said = time.monotonic()
         self.about: Callable[[], dict[str, Any]] = dict  # what else to say to a new coordinator
 
@@ -91,6 +94,7 @@ class EngineLoop:
             self.enter()
         elif not self.engine.parked:
             self.step()
+        self._connect_ahead()
 
     def handle(self, message: Message) -> None:
         """Obey one command. A request is sent before the bell that announces it, so whoever heard the bell has it."""
@@ -168,6 +172,7 @@ class EngineLoop:
         body = self._epoch
         assert body is not None
         self._epoch, engine, number = None, self.engine, body["number"]
+        self._unconnected.clear()
         if self.rank not in body["order"]:
             return engine.leave()  # drained: the others go on, and this process will be ended
         begun, counted = time.monotonic(), compilations.count
@@ -192,6 +197,9 @@ class EngineLoop:
             engine.leave()
             return
         if engine.epoch == number and engine.mesh is not None:
+            if engine.programs.connects_ahead and not body["shrink"]:  # after a loss nobody shall wait again
+                ahead = body.get("ahead", ())[:_CONNECTED]
+                self._unconnected = deque(_mesh(nodes) for order, nodes in ahead if len(order) > 1)
             ms["first_step"] = 1e3 * (time.monotonic() - before)
             compiled = compilations.count - counted
             total = compilations.count
@@ -216,6 +224,16 @@ class EngineLoop:
                 return
             engine.prepare(mesh, np.array(body["slots"], np.int32)[:, order])
         self._send({"type": "prepared", "epoch": body["number"]})
+
+    def _connect_ahead(self) -> None:
+        """While nobody has work, build the communicators of the meshes that a loss would leave, each followed by a step
+        that tells whether that is still so. Nothing but what was agreed in a step decides, so all ranks do the same;
+        one that is not in such a mesh waits in the step."""
+        engine, number = self.engine, self.engine.epoch
+        while self._unconnected and engine.mesh is not None and (engine.level, engine.epoch_agreed) == (0, number):
+            mesh = self._unconnected.popleft()
+            if not mesh.local or self._together(lambda mesh=mesh: engine.connect(mesh)):
+                self.step()
 
     def _barrier(self, number: int, nodes: list[int]) -> None:
         """Meet the other ranks at the JAX service. In a thread, for a rank may be lost on its way there; then the
@@ -253,16 +271,8 @@ class EngineLoop:
 
     def step(self) -> None:
         """One step; its tokens leave as one message. When it fails the epoch is over, and the step did not happen."""
-        engine = self.engine
-        try:
-            with self._collective(engine.epoch):
-                events = engine.step(ahead=True)
-        except Aborted:
-            engine.leave()
-            return
-        except jax.errors.JaxRuntimeError as e:
-            engine.leave()
-            self._failed(engine.epoch, str(e))
+        engine, events = self.engine, []
+        if not self._together(lambda: events.extend(engine.step(ahead=True))):
             return
         now = time.monotonic()
         if events or now - self._said >= HEARTBEAT:
@@ -272,6 +282,21 @@ class EngineLoop:
             self._send({"type": "events", **said, "events": packed})
         for number, job in list(self._scores.items()):
             self._send_scores(number, job)
+
+    def _together(self, collective: Callable[[], None]) -> bool:
+        """Something that waits for the other ranks. False: it failed, and with it the epoch."""
+        engine = self.engine
+        try:
+            with self._collective(engine.epoch):
+                collective()
+        except Aborted:
+            engine.leave()
+            return False
+        except jax.errors.JaxRuntimeError as e:
+            engine.leave()
+            self._failed(engine.epoch, str(e))
+            return False
+        return True
 
     def status(self) -> dict[str, Any]:
         engine = self.engine
