@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -175,27 +175,39 @@ def put_global(
 _RINGS = 12  # NCCL's threads have room for some dozens of connections
 
 
-def _sockets() -> Iterator[socket.socket]:
-    """This process's sockets; each is closed again, and stays open where it is used."""
+def open_sockets() -> dict[str, int]:
+    """This process's sockets: the kernel's name for each, and its file descriptor."""
+    found = {}
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
-                with socket.socket(fileno=os.dup(int(fd))) as s:
+            name = os.readlink(f"/proc/self/fd/{fd}")
+            if name.startswith("socket:"):
+                found[name] = int(fd)
+    return found
+
+
+def _sockets(spared: Collection[str] = ()) -> Iterator[socket.socket]:
+    """This process's sockets but these; each is closed again, and stays open where it is used."""
+    for name, fd in open_sockets().items():
+        with contextlib.suppress(OSError):
+            if name not in spared:
+                with socket.socket(fileno=os.dup(fd)) as s:
                     yield s
 
 
-def cut_collectives(service_address: str, attempt: int = 0) -> None:
+def cut_collectives(service_address: str, attempt: int = 0, spared: Collection[str] = ()) -> None:
     """End the collectives that this process is inside of, after a peer was fenced. From any thread; to be repeated
     until they have ended, with the number of the attempt.
 
     Gloo does not pass an abort on: a survivor that waits for another which has given up would wait for ever. So all
     TCP sockets but the one to the JAX service are shut down. NCCL is aborted by XLA, which joins NCCL's service
-    threads: these sleep up to 0.5 s on a listening TCP socket and an abstract Unix one, so both are rung.
+    threads: these sleep up to 0.5 s on a listening TCP socket and an abstract Unix one, so both are rung. `spared` are
+    sockets, as `open_sockets` names them, of NCCL's other communicators: one that is rung and not aborted hangs later.
     """
     if jax.default_backend() == "cpu":
         _shut_gloo(re.sub(r".*:", "", service_address))
     elif attempt < _RINGS:
-        _wake_nccl()
+        _wake_nccl(spared)
 
 
 def _shut_gloo(service_port: str) -> None:
@@ -206,8 +218,8 @@ def _shut_gloo(service_port: str) -> None:
                 s.shutdown(socket.SHUT_RDWR)
 
 
-def _wake_nccl() -> None:
-    for s in _sockets():
+def _wake_nccl(spared: Collection[str]) -> None:
+    for s in _sockets(spared):
         with contextlib.suppress(OSError):
             if s.family == socket.AF_UNIX and s.type == socket.SOCK_DGRAM and s.getsockname():
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as c:

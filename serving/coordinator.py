@@ -457,9 +457,13 @@ class Coordinator:
         match action:
             case m.Fence(rank, incarnation, generation, node):
                 self._fence(rank, incarnation, generation, node, now)
-            case m.Abort(_, incarnations, epoch):
+            case m.Abort(ranks, incarnations, epoch):
                 self.router.members = {}
-                frame = encode({"type": "abort", "epoch": epoch})
+                last = self._membership.epoch
+                assert last is not None
+                nodes = self._nodes[last.generation]
+                survivors = [nodes.index(rank) for rank in ranks]
+                frame = encode({"type": "abort", "epoch": epoch, "survivors": survivors})
                 for incarnation in incarnations:
                     self._send(incarnation, frame)
             case m.Dismiss(rank, incarnation, reason):

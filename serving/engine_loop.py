@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.distributed import cut_collectives, live_nodes
+from moe_jax.distributed import cut_collectives, live_nodes, open_sockets
 from moe_jax.engine import Engine, Experts, ScoreJob
 from moe_jax.executables import compilations
 from moe_jax.mesh import ExpertMesh
@@ -65,6 +65,8 @@ class EngineLoop:
         self._gate = threading.Lock()  # held to change `_inside`, and to cut what is inside
         self._cut = 0.0  # when a cut was asked for
         self._unconnected: deque[ExpertMesh] = deque()  # meshes that a loss would leave, without a communicator yet
+        self._active: ExpertMesh | None = None  # that of the last epoch entered
+        self._sockets: dict[ExpertMesh, set[str]] = {}  # of the meshes' communicators; on GPUs
         self._said = time.monotonic()
         self.about: Callable[[], dict[str, Any]] = dict  # what else to say to a new coordinator
 
@@ -136,18 +138,19 @@ class EngineLoop:
         if message.body["type"] == "abort":
             self._cut = time.monotonic()
             self._aborted = max(self._aborted, message.body["epoch"])
-            threading.Thread(target=self._cut_until_outside, name="cut", daemon=True).start()
+            spared = self._spared(set(message.body["survivors"]))
+            threading.Thread(target=self._cut_until_outside, args=(spared,), name="cut", daemon=True).start()
         elif message.body["type"] == "adopt":
             engine = self.engine
             epoch = 0 if engine.mesh is None else engine.epoch
             self._send({"type": "adopted", "epoch": epoch, "bells": engine.bells_heard, **self.about()})
 
-    def _cut_until_outside(self) -> None:
+    def _cut_until_outside(self, spared: set[str]) -> None:
         for attempt in range(int(_CUT_FOR / _CUT_EVERY)):
             with self._gate:
                 if not 0 < self._inside <= self._aborted:
                     return
-                cut_collectives(self._service, attempt)
+                cut_collectives(self._service, attempt, spared)
             time.sleep(_CUT_EVERY)
         # A communicator that waits for the address of a rank which has left has nothing to cut. Starting anew is faster
         # than its own timeout.
@@ -173,13 +176,14 @@ class EngineLoop:
         assert body is not None
         self._epoch, engine, number = None, self.engine, body["number"]
         self._unconnected.clear()
+        self._note_sockets(self._active)
         if self.rank not in body["order"]:
             return engine.leave()  # drained: the others go on, and this process will be ended
         begun, counted = time.monotonic(), compilations.count
         ms = {"fail": 1e3 * (begun - self._cut) if self._cut else 0.0}
         self._cut = 0.0
         nodes: list[int] = body["nodes"]
-        mesh = _mesh(nodes)
+        mesh = self._active = _mesh(nodes)
         slots = np.array(body["slots"], np.int32)[:, body["order"]]
         try:
             if engine.mesh is None or engine.mesh.devices != mesh.devices:
@@ -232,8 +236,25 @@ class EngineLoop:
         engine, number = self.engine, self.engine.epoch
         while self._unconnected and engine.mesh is not None and (engine.level, engine.epoch_agreed) == (0, number):
             mesh = self._unconnected.popleft()
+            self._note_sockets(self._active)
             if not mesh.local or self._together(lambda mesh=mesh: engine.connect(mesh)):
+                self._note_sockets(mesh)
                 self.step()
+
+    def _note_sockets(self, mesh: ExpertMesh | None) -> None:
+        """Whatever sockets are new are those of this mesh's communicator."""
+        if mesh is not None and self.engine.programs.connects_ahead:
+            known: set[str] = set().union(*self._sockets.values())
+            self._sockets.setdefault(mesh, set()).update(open_sockets().keys() - known)
+
+    def _spared(self, survivors: set[int]) -> set[str]:
+        """Sockets of communicators that are not aborted when all but these nodes are lost."""
+        left = [
+            sockets
+            for mesh, sockets in self._sockets.items()
+            if mesh != self._active and survivors.issuperset(d.process_index for d in mesh.devices)
+        ]
+        return set().union(*left)
 
     def _barrier(self, number: int, nodes: list[int]) -> None:
         """Meet the other ranks at the JAX service. In a thread, for a rank may be lost on its way there; then the
