@@ -172,7 +172,8 @@ def put_global(
 
 # Collectives that wait for a lost rank
 
-_RINGS = 12  # NCCL's threads have room for some dozens of connections
+_RINGS = 30  # NCCL's threads have room for some dozens of connections
+_RING_EVERY = 2  # attempts: communicators end one after the other, each when it is rung
 
 
 def open_sockets() -> dict[str, int]:
@@ -206,7 +207,7 @@ def cut_collectives(service_address: str, attempt: int = 0, spared: Collection[s
     """
     if jax.default_backend() == "cpu":
         _shut_gloo(re.sub(r".*:", "", service_address))
-    elif attempt < _RINGS:
+    elif attempt % _RING_EVERY == 0 and attempt < _RINGS * _RING_EVERY:
         _wake_nccl(spared)
 
 
