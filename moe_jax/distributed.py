@@ -180,9 +180,8 @@ _GENTLE = 10  # attempts at a cut that leave what is written alone
 _ROOM = 1 << 20  # bytes that may be on their way to a peer
 # Drops TCP segments with FIN or RST, takes all others: (code, jump if true, jump if false, constant) of classic BPF,
 # which the kernel runs at the TCP header. Kept, for the kernel reads it from here.
-_NO_GOODBYE = ctypes.create_string_buffer(
-    b"".join(struct.pack("HBBI", *op) for op in [(0x30, 0, 0, 13), (0x45, 1, 0, 5), (6, 0, 0, 0xFFFFFFFF), (6, 0, 0, 0)])
-)
+_FILTER = [(0x30, 0, 0, 13), (0x45, 1, 0, 5), (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)]
+_NO_GOODBYE = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *op) for op in _FILTER))
 
 
 def open_sockets() -> dict[str, int]:
@@ -217,7 +216,7 @@ def shield_collectives(service_address: str) -> None:
         return
     for s in _gloo_sockets(service_address):
         with contextlib.suppress(OSError):
-            s.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(_NO_GOODBYE)))
+            s.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_FILTER), ctypes.addressof(_NO_GOODBYE)))
             s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
 
 
