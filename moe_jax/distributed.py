@@ -7,9 +7,11 @@ Private names and where they were seen: `jax._src.distributed.global_state`, `ja
 """
 
 import contextlib
+import ctypes
 import os
 import re
 import socket
+import struct
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -174,6 +176,13 @@ def put_global(
 
 _RINGS = 30  # NCCL's threads have room for some dozens of connections
 _RING_EVERY = 2  # attempts: communicators end one after the other, each when it is rung
+_SO_ATTACH_FILTER = 26  # Linux; not in Python's socket module
+_GENTLE = 10  # attempts at a cut that leave what is written alone
+_ROOM = 1 << 20  # bytes that may be on their way to a peer
+# Drops TCP segments with FIN or RST, takes all others: (code, jump if true, jump if false, constant) of classic BPF,
+# which the kernel runs at the TCP header. Kept, for the kernel reads it from here.
+_FILTER = [(0x30, 0, 0, 13), (0x45, 1, 0, 5), (0x06, 0, 0, 0xFFFFFFFF), (0x06, 0, 0, 0)]
+_NO_GOODBYE = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *op) for op in _FILTER))
 
 
 def open_sockets() -> dict[str, int]:
@@ -196,27 +205,82 @@ def _sockets(spared: Collection[str] = ()) -> Iterator[socket.socket]:
                     yield s
 
 
+def shield_collectives(service_address: str) -> None:
+    """Keep Gloo from noticing by itself that a peer is gone: call it when communicators may be new, or now and then.
+
+    Gloo forgets what it could not write when it closes a connection, and whoever waits for that to be sent waits for
+    ever (gloo/transport/tcp/pair.cc, signalException: it goes through `tx_` without the unbound buffers; seen in
+    jaxlib 0.10.2 and 0.11.2). So no write may fail: a peer's end is not heard of, and there is room for what would be
+    sent to it. The end of these collectives is `cut_collectives`, which all ranks are told.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    for s in _gloo_sockets(service_address):
+        with contextlib.suppress(OSError):
+            s.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_FILTER), ctypes.addressof(_NO_GOODBYE)))
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
+
+
 def cut_collectives(service_address: str, attempt: int = 0, spared: Collection[str] = ()) -> None:
     """End the collectives that this process is inside of, after a peer was fenced. From any thread; to be repeated
     until they have ended, with the number of the attempt.
 
     Gloo does not pass an abort on: a survivor that waits for another which has given up would wait for ever. So all
-    TCP sockets but the one to the JAX service are shut down. NCCL is aborted by XLA, which joins NCCL's service
-    threads: these sleep up to 0.5 s on a listening TCP socket and an abstract Unix one, so both are rung. `spared` are
-    sockets, as `open_sockets` names them, of NCCL's other communicators: one that is rung and not aborted hangs later.
+    TCP sockets but the one to the JAX service are shut down; first for reading only, see `shield_collectives`. NCCL is
+    aborted by XLA, which joins NCCL's service threads: these sleep up to 0.5 s on a listening TCP socket and an
+    abstract Unix one, so both are rung. `spared` are sockets, as `open_sockets` names them, of NCCL's other
+    communicators: one that is rung and not aborted hangs later.
     """
     if jax.default_backend() == "cpu":
-        _shut_gloo(re.sub(r".*:", "", service_address))
+        for s in _gloo_sockets(service_address):
+            with contextlib.suppress(OSError):
+                s.shutdown(socket.SHUT_RD if attempt < _GENTLE else socket.SHUT_RDWR)
     elif attempt % _RING_EVERY == 0 and attempt < _RINGS * _RING_EVERY:
         _wake_nccl(spared)
 
 
-def _shut_gloo(service_port: str) -> None:
+def end_connecting(client: Any, devices: Sequence[jax.Device]) -> bool:
+    """The same for a communicator of these devices, in mesh order, that is being made: whoever waits for a lost rank
+    to connect has no socket that could be cut. So this process says on behalf of all others where they are, which is
+    here, and connects to itself on behalf of each, as Gloo does. False: it has not begun to connect; try again.
+    """
+    if jax.default_backend() != "cpu":
+        return True
+    keys = [f"{_gloo_keys(devices)}{i}" for i in range(len(devices))]
+    own = [i for i, d in enumerate(devices) if d.process_index == jax.process_index()][0]
+    try:
+        value = client.key_value_try_get_bytes(keys[own])
+    except jax.errors.JaxRuntimeError:
+        return False
+    for key in keys:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # it has said so itself
+            client.key_value_set_bytes(key, value)
+    # The value: a host name and an address, each behind its length; then a number for each rank to connect with.
+    name = 8 + struct.unpack_from("q", value)[0]
+    address, numbers = value[name + 8 :], value[name + 8 + struct.unpack_from("q", value, name)[0] :]
+    family, port = struct.unpack_from("=H", address)[0], struct.unpack_from("!H", address, 2)[0]
+    packed = address[4:8] if family == socket.AF_INET else address[8:24]
+    for (number,) in struct.iter_unpack("8s", numbers):
+        with contextlib.suppress(OSError), socket.socket(family) as s:
+            s.settimeout(0.2)
+            s.connect((socket.inet_ntop(family, packed), port))
+            s.send(number)
+    return True
+
+
+def _gloo_keys(devices: Sequence[jax.Device]) -> str:
+    """Where the ranks of a communicator say to the JAX service how they are reached, by place in the mesh."""
+    return f"cpu:gloo/{','.join(str(d.id) for d in devices)}/"
+
+
+def _gloo_sockets(service_address: str) -> Iterator[socket.socket]:
+    """Those with a peer, but for the one to the JAX service."""
+    port = int(re.sub(r".*:", "", service_address))
     for s in _sockets():
         with contextlib.suppress(OSError):
             is_tcp = s.type == socket.SOCK_STREAM and s.family in (socket.AF_INET, socket.AF_INET6)
-            if is_tcp and str(s.getpeername()[1]) != service_port:
-                s.shutdown(socket.SHUT_RDWR)
+            if is_tcp and s.getpeername()[1] != port:
+                yield s
 
 
 def _wake_nccl(spared: Collection[str]) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.distributed import cut_collectives, live_nodes, open_sockets
+from moe_jax.distributed import cut_collectives, end_connecting, live_nodes, open_sockets, shield_collectives
 from moe_jax.engine import Engine, Experts, ScoreJob
 from moe_jax.executables import compilations
 from moe_jax.mesh import ExpertMesh
@@ -41,6 +41,8 @@ HEARTBEAT = 1.0  # seconds: while steps go on, something is said at least this o
 SCORE_BYTES = 16 << 20  # of log-probabilities in one message
 _CUT_EVERY = 0.01  # seconds; sockets may still be opening while they are shut
 _CUT_FOR = 2.0  # seconds; leaving takes some hundredths
+_CONNECTED = 3  # cuts after which a communicator that is being made is to be ended, too
+_SHIELD_EVERY = 0.005  # seconds, while sockets may be opening
 _BARRIER = 60.0  # seconds; the coordinator gives up on this rank before that
 _PREPARE_AFTER = 1.0  # seconds after a loss: until then the steps that make up for it have the machine
 _TICK = 0.002
@@ -67,7 +69,8 @@ class EngineLoop:
         self._unconnected: deque[ExpertMesh] = deque()  # meshes that a loss would leave, without a communicator yet
         self._active: ExpertMesh | None = None  # that of the last epoch entered
         self._sockets: dict[ExpertMesh, set[str]] = {}  # of the meshes' communicators; on GPUs
-        self._said = time.monotonic()
+        self._connecting: ExpertMesh | None = None  # whose communicator is being made
+        self._said = self._shielded = time.monotonic()
         self.about: Callable[[], dict[str, Any]] = dict  # what else to say to a new coordinator
 
     def run(self, inbox: Inbox) -> None:
@@ -151,12 +154,35 @@ class EngineLoop:
                 if not 0 < self._inside <= self._aborted:
                     return
                 cut_collectives(self._service, attempt, spared)
+                mesh = self._connecting
+            if attempt == _CONNECTED and mesh is not None:
+                threading.Thread(target=self._end_connecting, args=(mesh,), name="connecting", daemon=True).start()
             time.sleep(_CUT_EVERY)
-        # A communicator that waits for the address of a rank which has left has nothing to cut. Starting anew is faster
-        # than its own timeout.
         print(f"still inside a collective {_CUT_FOR:g} s after it was aborted: this engine ends", file=sys.stderr)
         faulthandler.dump_traceback(sys.stderr)
         os._exit(STUCK)
+
+    def _end_connecting(self, mesh: ExpertMesh) -> None:
+        while self._connecting is mesh and not end_connecting(self._client, mesh.devices):
+            time.sleep(_CUT_EVERY)
+
+    @contextmanager
+    def _connect(self, mesh: ExpertMesh) -> Any:
+        """Around the first step in a mesh, which opens sockets."""
+        done = threading.Event()
+
+        def shield() -> None:
+            while not done.wait(_SHIELD_EVERY):
+                shield_collectives(self._service)
+            shield_collectives(self._service)
+
+        self._connecting = mesh
+        threading.Thread(target=shield, name="shield", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+            self._connecting = None
 
     @contextmanager
     def _collective(self, epoch: int) -> Any:
@@ -196,7 +222,8 @@ class EngineLoop:
             self._fetched = {}
             ms["load"], ms["rebuild"] = 1e3 * moved, 1e3 * (time.monotonic() - begun) - ms["agree"] - 1e3 * moved
             before = time.monotonic()
-            self.step()
+            with self._connect(mesh):
+                self.step()
         except Aborted:
             engine.leave()
             return
@@ -296,6 +323,9 @@ class EngineLoop:
         if not self._together(lambda: events.extend(engine.step(ahead=True))):
             return
         now = time.monotonic()
+        if now - self._shielded >= HEARTBEAT:  # Gloo makes less room again when it has sent something greater
+            self._shielded = now
+            shield_collectives(self._service)
         if events or now - self._said >= HEARTBEAT:
             self._said = now
             packed = [pack_event(e) for e in events]

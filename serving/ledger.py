@@ -306,8 +306,9 @@ class Ledger:
         """Give waiting jobs, in the order of serving.admission, to these ranks (rank: incarnation) that have room.
 
         Each goes to the least loaded one: by jobs, then by tokens, then the lowest rank; or to one that is a little
-        more loaded and has had the beginning of its prompt. Those that had to leave their rank are spread by what has
-        to be prefilled before they go on, though the ranks' loads differ: somebody waits for their next token. Returns
+        more loaded and has had the beginning of its prompt. Those that had to leave their rank, or come from another
+        life with tokens, are spread by what has to be prefilled before they go on, though the ranks' loads differ:
+        somebody waits for their next token. Returns
         the jobs: `command()` is to reach the engine at `place` before anything else about them does. Without ranks they
         go on waiting.
         """
@@ -323,7 +324,7 @@ class Ledger:
             key = self._waiting.pop()
             assert key is not None
             job = self._jobs[key]
-            if job.number:
+            if job.number or job.size > len(job.prompt):
                 job.place = min(free, key=lambda place: (prefill[place], self.load(place), place))
                 prefill[job.place] += job.size
             else:

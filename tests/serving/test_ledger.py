@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.request import Request, SamplingParams
+from moe_jax.request import Request, SamplingParams, TokenEvent
 from moe_jax.scheduler import Limits, QueueFull
 from serving.ledger import AlreadyExists, Entry, Ledger, Load, Place
 from serving.messages import unpack_request
@@ -153,6 +153,16 @@ def test_what_was_lost_is_spread_by_what_has_to_be_prefilled():
     ledger.lost(0, 1)
     assert ledger.place({1: 2, 2: 3}) == lost
     assert [entry.place.rank for entry in lost if entry.place] == [2, 1, 1, 1]
+
+
+def test_what_another_life_had_begun_is_spread_in_the_same_way():
+    ledger = new_ledger(first_number=100)
+    begun = [Entry(i, asked(f"begun{i}", prompt=(1,) * size), 5) for i, size in enumerate((12, 4, 4, 4))]
+    for entry in begun:
+        entry.append(TokenEvent(entry.asked.request_id, 0, 9, -0.5, (), None))
+    ledger.restore(begun)
+    assert ledger.place({1: 2, 2: 3}) == begun
+    assert [entry.place.rank for entry in begun if entry.place] == [1, 2, 2, 2]
 
 
 def test_scores_begin_anew():
