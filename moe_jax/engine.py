@@ -33,7 +33,8 @@ from moe_jax.scheduler import Entry, Limits, Scheduler, StepPlan
 from moe_jax.scheduler import Sequence as Tokens
 from moe_jax.small import copied, filled, set_row
 
-Experts = Mapping[tuple[int, int], Mapping[str, np.ndarray]]  # weights by (layer with experts, expert), by parameter
+# Weights on the devices, as programs want them: by (rank of this process, layer with experts, expert), by parameter.
+Experts = Mapping[tuple[int, int, int], Mapping[str, jax.Array]]
 
 
 @dataclass(eq=False)
@@ -183,15 +184,16 @@ class Engine:
         """Make this process's slots what `slots` [layers with experts, ranks of this process, slots] says. -1: any."""
         for layer, i, slot in self._changes(slots):
             expert = int(slots[layer, i, slot])
-            weights = fetched.get((layer, expert)) or self._read(layer, expert)
+            weights = fetched.get((i, layer, expert)) or self._read(i, layer, expert)
             self._set_slot(i, layer, slot, weights)
             self.slots[layer, i, slot] = expert
             self._prepared.clear()  # it holds the buffers that were donated
 
     def fetch(self, slots: np.ndarray) -> Experts:
-        """Into host memory, what `hold(slots)` would need. May run in a thread beside steps."""
-        wanted = {(layer, int(slots[layer, i, slot])) for layer, i, slot in self._changes(slots)}
-        return {key: self._read(*key) for key in sorted(wanted)}
+        """Onto the devices, what `hold(slots)` would need: all that is left then is to copy it from there into its
+        place. May run in a thread beside steps."""
+        wanted = {(i, layer, int(slots[layer, i, slot])) for layer, i, slot in self._changes(slots)}
+        return jax.block_until_ready({key: self._read(*key) for key in sorted(wanted)})
 
     def prime(self) -> None:
         """Compile what setting a slot and looking at loads take, so that neither has to."""
@@ -201,23 +203,23 @@ class Engine:
             for layer, slot in [(start, 0) for start in set(first_moe_layers(self.model)[:-1])]:
                 expert = int(self.slots[layer, i, slot])
                 if expert >= 0:
-                    self._set_slot(i, layer, slot, self._read(layer, expert))
+                    self._set_slot(i, layer, slot, self._read(i, layer, expert))
 
     def _changes(self, slots: np.ndarray) -> list[tuple[int, int, int]]:
         layers, ranks, places = np.nonzero((slots != self.slots) & (slots >= 0))
         return list(zip(layers.tolist(), ranks.tolist(), places.tolist(), strict=True))
 
-    def _read(self, layer: int, expert: int) -> dict[str, np.ndarray]:
+    def _read(self, i: int, layer: int, expert: int) -> dict[str, jax.Array]:
         arrays = load_slots(self.checkpoint, [(layer, expert)], self.config.dtype)
-        return {name: array[0] for name, array in arrays.items()}
+        device, prepare = self.own.devices[i], self.programs.prepare
+        return {name: prepare(name, jax.device_put(array[0], device)) for name, array in arrays.items()}
 
-    def _set_slot(self, i: int, layer: int, slot: int, weights: Mapping[str, np.ndarray]) -> None:
+    def _set_slot(self, i: int, layer: int, slot: int, weights: Mapping[str, jax.Array]) -> None:
         starts = first_moe_layers(self.model)
         number = int(np.searchsorted(starts, layer, side="right")) - 1
         segment, at = self.params[i]["segments"][number], np.array([layer - starts[number], slot], np.int32)
         device, call = self.own.devices[i], self.programs.call
-        for name, array in weights.items():
-            row = self.programs.prepare(name, jax.device_put(array, device))
+        for name, row in weights.items():
             segment[name] = call(set_row, device, segment[name], row, at)
 
     # Requests
