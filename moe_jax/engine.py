@@ -413,7 +413,7 @@ class Engine:
         before `look_at_loads`. Waits for the steps that had been begun then."""
         if self._counting is None:
             return None
-        now = sum(np.asarray(copy)[:, 0].view(np.uint32) for copy in self._counting)
+        now = np.sum([np.asarray(copy)[:, 0].view(np.uint32) for copy in self._counting], axis=0, dtype=np.uint32)
         since, self._counted, self._counting = now - self._counted, now, None
         return since.astype(np.int64)
 

@@ -226,8 +226,8 @@ class Executables:
 
     def step(self, bucket: Bucket, mesh: ExpertMesh) -> Any:
         """(params, table, cache, last [ranks, max_batch], batch [ranks, size]) -> (output [ranks, words], sampled
-        tokens [ranks, max_batch], new K/V rows, the experts that they chose, logits or None). last: what the step before
-        sampled."""
+        tokens [ranks, max_batch], new K/V rows, the experts that they chose, logits or None). last: what the step
+        before sampled."""
         run, layout, engine = self.run(bucket, mesh.size), Layout(bucket, self.engine), self.engine
 
         def agree(wish: jax.Array, after: jax.Array) -> jax.Array:

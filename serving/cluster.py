@@ -98,11 +98,14 @@ def make_cluster(
     cache: Path | None,
     startup_timeout: float,
     times: Mapping[str, float] | None = None,
+    rebalance_above: float = Policy.above,
     **options: Any,
 ) -> tuple[Cluster, ModelConfig, EngineConfig]:
-    """hosts: the label of each rank. times: fields of membership.Rules. options: fields of EngineConfig; each expert is
-    on two hosts by default. Raises CheckpointError and ConfigError."""
+    """hosts: the label of each rank. times: fields of membership.Rules. rebalance_above: as Policy.above. options:
+    fields of EngineConfig; each expert is on two hosts by default. Raises CheckpointError and ConfigError."""
     model = open_checkpoint(path, load_format).config
+    if rebalance_above != 0 and not rebalance_above >= 1:
+        raise ConfigError(f"rebalance_above: found {rebalance_above}, expected 0 (never) or at least 1 (even)")
     if options.get("replication") is None:
         options["replication"] = min(2, len(set(hosts)))
     config = engine_config(model, len(hosts), platform, **options)
@@ -131,6 +134,7 @@ def make_cluster(
         wanted = plan(ranks)
         return slots if wanted is None else keep_in_place(slots, wanted)
 
+    policy = Policy(above=rebalance_above)
     expert = 3 * model.hidden_size * model.moe_intermediate_size * (4 if config.dtype == "float32" else 2)  # bytes
     rules = Rules(
         len(hosts),
@@ -149,7 +153,7 @@ def make_cluster(
         "cache": None if cache is None else str(cache),
         "timeout": startup_timeout,
     }
-    return Cluster(rules, Limits.of(config), model.num_experts, start, repairs, rebalance), model, config
+    return Cluster(rules, Limits.of(config), model.num_experts, start, repairs, rebalance, policy), model, config
 
 
 def keep_in_place(held: Slots, wanted: Slots) -> Slots:

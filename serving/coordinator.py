@@ -710,6 +710,7 @@ class Coordinator:
             | {"imbalance": self.rebalancing.imbalance(epoch)},
             "compilations": self._compiled,
             "survivable_without_compiling": self._ready_for(live),
+            "rebalances": self.rebalancing.changes,
             "recoveries": self._recoveries.changes(),
             "switches": self._recoveries.switches(),
             "coordinator": {"pid": os.getpid(), "took_over": self._taken_over},

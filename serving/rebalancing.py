@@ -46,6 +46,7 @@ class Rebalancing:
         self.policy, self._coordinator = policy, coordinator
         self.loads = ExpertLoads(policy.half_life)
         self.changes = 0  # made, by itself or because it was asked to
+        self._changed: float | None = None  # when the last change by itself had been made
         self._task: asyncio.Task[None] | None = None
         self._seen: Any = None  # tokens that had been sent when loads were asked for last
         self._imbalance: tuple[Any, float | None] = None, None
@@ -58,16 +59,33 @@ class Rebalancing:
             self._task.cancel()
 
     async def _run(self) -> None:
-        changed = time.monotonic() - self.policy.rest
         while True:
             await asyncio.sleep(self.policy.every)
             try:
-                await self.gather()
-                now = time.monotonic()
-                if self.policy.above and now - changed >= self.policy.rest and await self._improve():
-                    changed = time.monotonic()
+                await self.look()
             except RuntimeError as e:
                 log.info("experts stay where they are: %s", e)
+
+    async def look(self) -> bool:
+        """Whether experts were moved, because it was worth it. Raises as Coordinator.move."""
+        await self.gather()
+        policy, load = self.policy, self.loads.known(self.policy.enough)
+        resting = self._changed is not None and time.monotonic() - self._changed < policy.rest
+        if load is None or resting or not policy.above:
+            return False
+        epoch = self._coordinator.placement
+        before = self._of(epoch.slots, epoch, load)
+        if before <= policy.above:
+            return False
+        goal = await self._better(epoch, load, policy.within)
+        after = self._of(goal, epoch, load)
+        if after > before - policy.gain:
+            return False
+        moved = placement.moves(epoch.slots, goal)
+        log.info("imbalance %.3f: %d slots change, after which it is %.3f", before, moved, after)
+        await self._move(epoch, goal)
+        self._changed = time.monotonic()
+        return True
 
     async def gather(self) -> None:
         """Ask the engines for what they have counted, unless they have had no work since."""
@@ -88,24 +106,6 @@ class Rebalancing:
 
     def _of(self, slots: np.ndarray, epoch: Epoch, load: np.ndarray) -> float:
         return placement.imbalance(slots, epoch.order, load, load.shape[1])
-
-    async def _improve(self) -> bool:
-        """Whether it was worth it."""
-        load = self.loads.known(self.policy.enough)
-        if load is None:
-            return False
-        epoch = self._coordinator.placement
-        before = self._of(epoch.slots, epoch, load)
-        if before <= self.policy.above:
-            return False
-        goal = await self._better(epoch, load, self.policy.within)
-        after = self._of(goal, epoch, load)
-        if after > before - self.policy.gain:
-            return False
-        moved = placement.moves(epoch.slots, goal)
-        log.info("imbalance %.3f: %d slots change, after which it is %.3f", before, moved, after)
-        await self._move(epoch, goal)
-        return True
 
     async def rebalance(self) -> dict[str, Any]:
         """{"slots": that change, "epoch": the first in which all have}. Raises as Coordinator.move."""

@@ -74,7 +74,7 @@ def test_counts_the_tokens_of_each_expert(ranks: int, monkeypatch: pytest.Monkey
         chosen.clear()
         reference.logprobs(c, params, [*r.token_ids, *tokens[r.request_id]][:-1])
         expected += [(weights != 0).sum(0) for weights in chosen]
-    assert np.array_equal(found, expected)
+    assert found is not None and np.array_equal(found, expected)
     engine.look_at_loads()
     again = engine.loads()
     assert again is not None and not again.any(), "each token is told of once"

@@ -63,8 +63,8 @@ def fake_cluster(
     )
     start = {"config": {"fake": fake or {}}, "path": "", "load_format": "auto", "cache": None, "timeout": 60}
     limits = Limits(page_size=16, num_pages=1 << 12, max_batch=16, max_prefill_rows=16, max_model_len=1 << 14)
-    modules = {"service": "tests.serving.fake_service", "engine": "tests.serving.fake_engine"}
-    return Cluster(rules, limits, EXPERTS, start, repairs, rebalance, policy or Policy(), **modules)
+    service, engine = "tests.serving.fake_service", "tests.serving.fake_engine"
+    return Cluster(rules, limits, EXPERTS, start, repairs, rebalance, policy or Policy(), service, engine)
 
 
 class Running:

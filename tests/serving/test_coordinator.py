@@ -451,6 +451,7 @@ def test_experts_follow_their_load():
     policy = Policy(above=1.05, within=1.0, every=0.1, rest=0.0, enough=10.0)
     cluster = fake_cluster(FOUR, slots=5, fake={"routes": hot, "step": 0.005}, policy=policy)
     rebalanced_from = cluster.rules.plan(range(4))
+    assert rebalanced_from is not None
     run(scenario, cluster)
 
 
@@ -470,9 +471,9 @@ def test_a_loss_while_experts_are_moved():
         with pytest.raises(Unavailable, match=r"came between \(loss\)"):
             await moving
         await r.serving(after=epoch.number)
+        await r.until(lambda: r.coordinator._membership.busy is None)
         with pytest.raises(Unavailable, match=f"expected {epoch.number}"):
             await r.coordinator.move(epoch.number, goal)
-        await r.until(lambda: r.coordinator._membership.busy is None)
         now = r.coordinator.placement
         await r.coordinator.move(now.number, goal)
         assert np.array_equal(r.coordinator.placement.slots, goal)
