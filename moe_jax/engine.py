@@ -31,9 +31,10 @@ from moe_jax.placement import routing
 from moe_jax.request import Request, SamplingParams, TokenEvent
 from moe_jax.scheduler import Entry, Limits, Scheduler, StepPlan
 from moe_jax.scheduler import Sequence as Tokens
-from moe_jax.small import filled, set_row
+from moe_jax.small import copied, filled, set_row
 
-Experts = Mapping[tuple[int, int], Mapping[str, np.ndarray]]  # weights by (layer with experts, expert), by parameter
+# Weights on the devices, as programs want them: by (rank of this process, layer with experts, expert), by parameter.
+Experts = Mapping[tuple[int, int, int], Mapping[str, jax.Array]]
 
 
 @dataclass(eq=False)
@@ -55,7 +56,7 @@ class _Flight:
     proof: int
     out: list[jax.Array]
     tokens: list[jax.Array]  # sampled
-    new: list[list[jax.Array]]  # K/V rows
+    new: list[list[jax.Array]]  # K/V rows, and the experts that the rows chose
     logits: list[list[jax.Array]]
     written: bool  # the rows are on their way into the cache
 
@@ -104,6 +105,11 @@ class Engine:
             )
             for name, shape in cache_shapes(self.model, config).items()
         }
+        shape = self.model.num_moe_layers, 1, self.model.num_experts
+        zeros = [call(filled, device, np.float32(0), shape=shape, dtype=jnp.dtype("int32")) for device in devices]
+        self.counts = self.own.assemble(zeros, STACKED)  # of tokens by layer and expert, modulo 2**32
+        self._counted = np.zeros((self.model.num_moe_layers, self.model.num_experts), np.uint32)  # told of them
+        self._counting: list[jax.Array] | None = None  # copies of them, on their way to the host
         self.mesh: ExpertMesh | None = None  # of the epoch; None: none has been entered, or it is lost
         self.fixed: list[jax.Array] = []  # the step's leading arguments in this epoch: parameters and routing table
         self._prepared: dict[tuple[jax.Device, ...], tuple[np.ndarray, list[jax.Array]]] = {}  # slots, what is fixed
@@ -178,39 +184,42 @@ class Engine:
         """Make this process's slots what `slots` [layers with experts, ranks of this process, slots] says. -1: any."""
         for layer, i, slot in self._changes(slots):
             expert = int(slots[layer, i, slot])
-            weights = fetched.get((layer, expert)) or self._read(layer, expert)
+            weights = fetched.get((i, layer, expert)) or self._read(i, layer, expert)
             self._set_slot(i, layer, slot, weights)
             self.slots[layer, i, slot] = expert
             self._prepared.clear()  # it holds the buffers that were donated
 
     def fetch(self, slots: np.ndarray) -> Experts:
-        """Into host memory, what `hold(slots)` would need. May run in a thread beside steps."""
-        wanted = {(layer, int(slots[layer, i, slot])) for layer, i, slot in self._changes(slots)}
-        return {key: self._read(*key) for key in sorted(wanted)}
+        """Onto the devices, what `hold(slots)` would need: all that is left then is to copy it from there into its
+        place. May run in a thread beside steps."""
+        wanted = {(i, layer, int(slots[layer, i, slot])) for layer, i, slot in self._changes(slots)}
+        return jax.block_until_ready({key: self._read(*key) for key in sorted(wanted)})
 
     def prime(self) -> None:
-        """Compile what setting a slot takes, so that no repair has to."""
+        """Compile what setting a slot and looking at loads take, so that neither has to."""
+        self.look_at_loads()
+        self.loads()
         for i in range(len(self.ranks)):
             for layer, slot in [(start, 0) for start in set(first_moe_layers(self.model)[:-1])]:
                 expert = int(self.slots[layer, i, slot])
                 if expert >= 0:
-                    self._set_slot(i, layer, slot, self._read(layer, expert))
+                    self._set_slot(i, layer, slot, self._read(i, layer, expert))
 
     def _changes(self, slots: np.ndarray) -> list[tuple[int, int, int]]:
         layers, ranks, places = np.nonzero((slots != self.slots) & (slots >= 0))
         return list(zip(layers.tolist(), ranks.tolist(), places.tolist(), strict=True))
 
-    def _read(self, layer: int, expert: int) -> dict[str, np.ndarray]:
+    def _read(self, i: int, layer: int, expert: int) -> dict[str, jax.Array]:
         arrays = load_slots(self.checkpoint, [(layer, expert)], self.config.dtype)
-        return {name: array[0] for name, array in arrays.items()}
+        device, prepare = self.own.devices[i], self.programs.prepare
+        return {name: prepare(name, jax.device_put(array[0], device)) for name, array in arrays.items()}
 
-    def _set_slot(self, i: int, layer: int, slot: int, weights: Mapping[str, np.ndarray]) -> None:
+    def _set_slot(self, i: int, layer: int, slot: int, weights: Mapping[str, jax.Array]) -> None:
         starts = first_moe_layers(self.model)
         number = int(np.searchsorted(starts, layer, side="right")) - 1
         segment, at = self.params[i]["segments"][number], np.array([layer - starts[number], slot], np.int32)
         device, call = self.own.devices[i], self.programs.call
-        for name, array in weights.items():
-            row = self.programs.prepare(name, jax.device_put(array, device))
+        for name, row in weights.items():
             segment[name] = call(set_row, device, segment[name], row, at)
 
     # Requests
@@ -326,7 +335,7 @@ class Engine:
         cache = [self._label(mesh, array) for array in self.cache.values()]
         step = self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
         out, tokens, *rest = step([*self.fixed, *cache, mesh.assemble(last, SHARDED), batch])
-        return out, tokens, rest[: len(cache)], rest[len(cache) :]
+        return out, tokens, rest[: len(cache) + 1], rest[len(cache) + 1 :]
 
     def finish(self) -> list[TokenEvent]:
         """Wait for the oldest step that was begun."""
@@ -371,12 +380,14 @@ class Engine:
         return array if mesh.devices == self.own.devices else mesh.assemble(self.own.shards(array), STACKED)
 
     def _write(self, bucket: Bucket, new: list[list[jax.Array]], batch: jax.Array) -> None:
-        """Put a step's K/V rows into the cache, which is donated. Nobody else takes part. batch: on own devices."""
+        """Put a step's K/V rows into the cache and count the experts that they chose; what is written to is donated.
+        Nobody else takes part. batch: on own devices."""
         own = self.own
         write = self.programs.load(Program("write", bucket, own.size), own.devices)
         rows = [own.assemble(shards, STACKED) for shards in new]
-        written = write([*self.cache.values(), *rows, batch])
+        *written, counts = write([*self.cache.values(), self.counts, *rows, batch])
         self.cache = {name: own.assemble(a, STACKED) for name, a in zip(self.cache, written, strict=True)}
+        self.counts = own.assemble(counts, STACKED)
 
     def warm_up(self) -> None:
         """Run every program on nothing. All ranks of the mesh must do it at the same time."""
@@ -387,6 +398,24 @@ class Engine:
             jax.block_until_ready(out)
             self._write(bucket, new, self.own.put(vectors, SHARDED))
         jax.block_until_ready(self.cache)
+
+    # Loads
+
+    def look_at_loads(self) -> None:
+        """Begin to read what was counted; waits for nothing. The counts themselves are donated to the next write."""
+        shards = zip(self.own.devices, self.own.shards(self.counts), strict=True)
+        self._counting = [self.programs.call(copied, device, shard) for device, shard in shards]
+        for copy in self._counting:
+            copy.copy_to_host_async()
+
+    def loads(self) -> np.ndarray | None:
+        """Tokens that each expert got since the last time, of requests of this process, int64 [layers, experts]; None
+        before `look_at_loads`. Waits for the steps that had been begun then."""
+        if self._counting is None:
+            return None
+        now = np.sum([np.asarray(copy)[:, 0].view(np.uint32) for copy in self._counting], axis=0, dtype=np.uint32)
+        since, self._counted, self._counting = now - self._counted, now, None
+        return since.astype(np.int64)
 
     def _level(self, rank: Rank) -> int:
         """The level this rank wishes for the step after the one in flight, or for the next if there is none."""

@@ -28,7 +28,7 @@ from moe_jax.kernels import native
 from moe_jax.kernels.expert_ffn import prepare, prepared_dtype
 from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs
 from moe_jax.model import Run, forward, logits
-from moe_jax.moe import AXIS, Dispatch
+from moe_jax.moe import AXIS, Dispatch, count_choices
 from moe_jax.params import stacked_shapes
 from moe_jax.sampling import log_softmax, log_sum_exp, sample
 
@@ -194,8 +194,10 @@ class Executables:
         if program.kind == "connect":
             return (spec((1,), np.int32, SHARDED),)
         if program.kind == "write":
-            new = attention.new_shapes(model, bucket.rows)
-            return cache, {n: spec(s, engine.dtype, STACKED) for n, s in new.items()}, batch
+            new = {n: spec(s, engine.dtype, STACKED) for n, s in attention.new_shapes(model, bucket.rows).items()}
+            layers = model.num_moe_layers
+            counts = spec((layers, 1, model.num_experts), np.int32, STACKED)
+            return cache, counts, new, spec((layers, bucket.rows, model.top_k), np.int32, STACKED), batch
         shapes = jax.tree.map(lambda s: s[1], stacked_shapes(model, engine.slots_for(model.num_experts)), is_leaf=_pair)
         if self.engine.kernels == "hopper":
             from moe_jax.hopper import prepared_shape
@@ -224,7 +226,8 @@ class Executables:
 
     def step(self, bucket: Bucket, mesh: ExpertMesh) -> Any:
         """(params, table, cache, last [ranks, max_batch], batch [ranks, size]) -> (output [ranks, words], sampled
-        tokens [ranks, max_batch], new K/V rows, logits or None). last: what the step before sampled."""
+        tokens [ranks, max_batch], new K/V rows, the experts that they chose, logits or None). last: what the step
+        before sampled."""
         run, layout, engine = self.run(bucket, mesh.size), Layout(bucket, self.engine), self.engine
 
         def agree(wish: jax.Array, after: jax.Array) -> jax.Array:
@@ -250,40 +253,44 @@ class Executables:
             jax.shard_map,
             mesh=mesh.mesh,
             in_specs=(param_specs(self.model), REPLICATED, STACKED, SHARDED, SHARDED),
-            out_specs=(SHARDED, SHARDED, STACKED, SHARDED),
+            out_specs=(SHARDED, SHARDED, STACKED, STACKED, SHARDED),
             check_vma=False,
         )
         def step(params: Any, table: jax.Array, cache: attention.Cache, last: jax.Array, batch: jax.Array) -> Any:
             b = layout.unpack(batch[0])
             token = jnp.where(b.token < 0, last[0, jnp.maximum(-1 - b.token, 0)], b.token)
-            x, new = forward(run, params, table, cache, token, b.position, b.entries, b.page >= 0)
+            x, new, chosen = forward(run, params, table, cache, token, b.position, b.entries, b.page >= 0)
             if bucket.score:
                 scores = logits(run, params, x, b.entries.num_tiles * engine.row_tile)
-                return agree(b.wish, x)[None], last, new, log_softmax(scores)[None]
+                return agree(b.wish, x)[None], last, new, chosen, log_softmax(scores)[None]
             scores = logits(run, params, x[b.sample_row], b.num_sampled)
             reduce = partial(native.log_sum_exp, rows=b.num_sampled) if run.kernels == "native" else log_sum_exp
             sampled = sample(scores, b.sampling, b.want_top, reduce)
             tokens = jnp.pad(sampled.token, (0, engine.max_batch - len(sampled.token)))
             out = pack_output(agree(b.wish, x), sampled)
-            return out[None], tokens[None], new, scores[None] if engine.return_logits else None
+            return out[None], tokens[None], new, chosen, scores[None] if engine.return_logits else None
 
         return step
 
     def write(self, bucket: Bucket, mesh: ExpertMesh) -> Any:
-        """(cache, new K/V rows, batch) -> cache. The cache is donated."""
+        """(cache, counts [layers, ranks, experts], new K/V rows, chosen experts, batch) -> (cache, counts). What is
+        written to is donated."""
         layout, native_kernels = Layout(bucket, self.engine), self.engine.kernels == "native"
 
-        @partial(jax.jit, donate_argnums=0, keep_unused=True)
+        @partial(jax.jit, donate_argnums=(0, 1), keep_unused=True)
         @partial(
             jax.shard_map,
             mesh=mesh.mesh,
-            in_specs=(STACKED, STACKED, SHARDED),
+            in_specs=(STACKED, STACKED, STACKED, STACKED, SHARDED),
             out_specs=STACKED,
             check_vma=False,
         )
-        def write(cache: attention.Cache, new: attention.Cache, batch: jax.Array) -> attention.Cache:
+        def write(
+            cache: attention.Cache, counts: jax.Array, new: attention.Cache, chosen: jax.Array, batch: jax.Array
+        ) -> tuple[attention.Cache, jax.Array]:
             b = layout.unpack(batch[0])
-            return (native if native_kernels else attention).write(cache, new, b.position, b.page)
+            written = (native if native_kernels else attention).write(cache, new, b.position, b.page)
+            return written, count_choices(counts[:, 0], chosen)[:, None]
 
         return write
 

@@ -171,9 +171,10 @@ def layer(
     position: jax.Array,
     turn: Turn,
     real: jax.Array,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Cache, jax.Array]:
     """One layer over the rows x [T, H]; real [T] tells rows from padding. `index` counts the model's layers, p.index
-    the segment's. experts and table are the segment's. Returns x and the layer's new keys and values."""
+    the segment's. experts and table are the segment's. Returns x, the layer's new keys and values, and the experts that
+    each row chose [T, top_k], -1 for padding; [T, 0] without experts."""
     run, c = p.run, p.run.model
     qkv = project_latent if c.latent else project
     q, new = run.tiles(partial(qkv, p), e.num_tiles, x, turn)
@@ -201,11 +202,12 @@ def layer(
 
     after = run.tiles(after_attention, e.num_tiles, x, a)
     if experts is None:
-        return after, new
+        return after, new, jnp.zeros((x.shape[0], 0), jnp.int32)
     x, h, ids, weights = after
+    ids = jnp.where(real[:, None], ids, -1)
     y = moe(
         h,
-        jnp.where(real[:, None], ids, -1),
+        ids,
         weights,
         experts["experts_gate_up"],
         experts["experts_down"],
@@ -218,7 +220,7 @@ def layer(
         deterministic=run.deterministic,
         hopper=run.kernels == "hopper",
     )
-    return x + y, new
+    return x + y, new, ids
 
 
 def forward(
@@ -230,13 +232,14 @@ def forward(
     position: jax.Array,
     e: Entries,
     real: jax.Array,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Cache, jax.Array]:
     """token, position, real [T]; table [moe layers, E, R]. Returns the last hidden states [T, H], before the final
-    norm, and the new keys and values [layers, T, kv_heads, dim]."""
+    norm, the new keys and values [layers, T, kv_heads, dim], and the chosen experts int32 [moe layers, T, top_k], -1
+    for padding."""
     x = params["embed"][token].astype(run.dtype)
     turn = rotary(position, run.model.rope)
     rows = e.num_tiles * run.row_tile
-    news, first_moe = [], 0
+    news, chosen, first_moe = [], [], 0
     for p, (has_experts, first, layers) in zip(params["segments"], run.model.segments, strict=True):
         # Expert weights are cut out of their stack where they are used: scanned, every slot would be copied.
         experts = {name: a for name, a in p.items() if name.startswith("experts_")} if has_experts else None
@@ -254,11 +257,13 @@ def forward(
         ) -> Any:
             params, within = scanned
             p = Layer(run, params, rest, within, rows)
-            return layer(p, experts, tables, x, first + within, cache, e, position, turn, real)
+            x, new, ids = layer(p, experts, tables, x, first + within, cache, e, position, turn, real)
+            return x, (new, ids)
 
-        x, new = lax.scan(body, x, (rest, jnp.arange(layers)))
+        x, (new, ids) = lax.scan(body, x, (rest, jnp.arange(layers)))
         news.append(new)
-    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *news)
+        chosen += [ids] * has_experts
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *news), jnp.concatenate(chosen)
 
 
 def logits(run: Run, params: Params, x: jax.Array, count: jax.Array) -> jax.Array:

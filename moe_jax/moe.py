@@ -52,6 +52,15 @@ def route(c: ModelConfig, logits: jax.Array, bias: jax.Array | None) -> tuple[ja
     return ids, weights * c.routed_scale
 
 
+def count_choices(counts: jax.Array, ids: jax.Array) -> jax.Array:
+    """counts [L, E] int32 and how often each expert occurs in ids [L, rows, top_k], -1 where there is none.
+
+    By comparing each with each, in one pass: adding up in place is slow where many rows choose few experts.
+    """
+    experts = jnp.arange(counts.shape[1], dtype=ids.dtype)
+    return counts + (ids.reshape(len(ids), 1, -1) == experts[:, None]).sum(-1, dtype=counts.dtype)
+
+
 @dataclass(frozen=True)
 class Dispatch:
     """All-gather and reduce-scatter over the mesh axis. `ranks` is the size of the axis."""

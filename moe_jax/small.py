@@ -23,6 +23,12 @@ def filled(value: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.broadcast_to(value.astype(dtype), shape)
 
 
+@jax.jit
+def copied(array: jax.Array) -> jax.Array:
+    """On the device; the original may be donated to what comes next."""
+    return jnp.copy(array)
+
+
 @partial(jax.jit, donate_argnums=0)
 def set_row(stack: jax.Array, row: jax.Array, at: jax.Array) -> jax.Array:
     """stack [*leading, *row.shape], donated, with `row` at `at` int32 [leading axes]."""

@@ -36,6 +36,7 @@ Report = Callable[[dict[str, Any]], None]
 NICE = 5  # compiling is not in a hurry beside serving
 _MEMORY = 2 << 30  # bytes that a compiling process may take: as seen, and half as much again
 _GPU_JOBS = 4  # processes that share one GPU while they compile
+_SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # so none of them takes all of its memory at once
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class _Compiler:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={name: value for name, value in environ.items() if name != "JAX_NUM_CPU_DEVICES"},
+            env={n: v for n, v in environ.items() if n != "JAX_NUM_CPU_DEVICES"} | _SHARING,
             text=True,
         )
         assert self._process.stdin is not None

@@ -51,7 +51,7 @@ def make_cluster(workers: int, layers: int, experts: int) -> Cluster:
     rules = Rules(workers, hosts, plan, repairs, lambda held, ranks: held, orders="sorted", start_grace_s=120.0)
     limits = Limits(page_size=16, num_pages=1 << 12, max_batch=16, max_prefill_rows=16, max_model_len=1 << 14)
     start = {"config": {}, "path": "", "load_format": "auto", "cache": None, "timeout": 60}
-    return Cluster(rules, limits, experts, start, repairs, "tests.serving.fake_service")
+    return Cluster(rules, limits, experts, start, repairs, service="tests.serving.fake_service")
 
 
 class Losses:

@@ -34,7 +34,9 @@ class Admin(rpc.AdminServicer):
         self.changed()
 
     async def Status(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext) -> pb.StatusResponse:
-        return pb.StatusResponse(json=json.dumps(self._coordinator.status(request.slots)))
+        if request.load:
+            await self._coordinator.rebalancing.gather()
+        return pb.StatusResponse(json=json.dumps(self._coordinator.status(request.slots, request.load)))
 
     async def Watch(self, request: pb.WatchRequest, context: grpc.aio.ServicerContext) -> None:
         wake, told = asyncio.Event(), None
@@ -76,7 +78,7 @@ class Admin(rpc.AdminServicer):
     async def Rebalance(self, request: pb.RebalanceRequest, context: grpc.aio.ServicerContext) -> pb.RebalanceResponse:
         response = pb.RebalanceResponse()
         async with _audited(context, "Rebalance"):
-            response = pb.RebalanceResponse(**await self._coordinator.rebalance())
+            response = pb.RebalanceResponse(**await self._coordinator.rebalancing.rebalance())
         return response
 
 

@@ -322,6 +322,13 @@ def configure_serve(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--otlp", metavar="URL", help="send traces to this OpenTelemetry collector (gRPC)")
     group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: an object a line")
     group.add_argument("--web", type=_address, metavar="HOST:PORT", help="serve a status page and /metrics there")
+    group.add_argument(
+        "--rebalance-above",
+        type=float,
+        default=1.25,
+        metavar="X",
+        help="move experts when the most loaded rank has X times the mean load; 0: never by itself",
+    )
     group.add_argument("--max-queue-tokens", type=_positive, metavar="N", help="of all requests that are accepted")
     group.add_argument("--max-output-tokens", type=_positive, metavar="N", help="that one request may ask for")
     group.add_argument(
@@ -355,6 +362,7 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
             restart=not args.no_restart,
             journal=args.journal,
             log_dir=args.log_dir,
+            rebalance_above=args.rebalance_above,
             max_queue_tokens=args.max_queue_tokens,
             max_output_tokens=args.max_output_tokens,
             grace=args.grace,
@@ -463,6 +471,10 @@ def _add_coordinator(parser: argparse.ArgumentParser) -> None:
 
 def configure_status(parser: argparse.ArgumentParser) -> None:
     _add_coordinator(parser)
+    parser.add_argument("--slots", action="store_true", help="with --json: also what each slot holds")
+    parser.add_argument(
+        "--load", type=Path, metavar="FILE", help="write the experts' load there, for moe-jax plan --load"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
@@ -470,11 +482,18 @@ def run_status(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     from serving.protos import inference_pb2 as pb
 
     with _admin(args) as admin:
-        text = admin.Status(pb.StatusRequest(), timeout=10.0).json
+        wanted = pb.StatusRequest(slots=args.slots, load=args.load is not None)
+        status = json.loads(admin.Status(wanted, timeout=20.0).json)
+    if args.load is not None:
+        load = status.pop("load")
+        if not load:
+            raise Failure("--load: no tokens have been counted yet: try again once requests have been served")
+        with _bad_input():
+            args.load.write_text(json.dumps({"load": load}))
     if args.json:
-        print(text)
+        print(json.dumps(status))
     else:
-        _print_status(json.loads(text))
+        _print_status(status)
     return 0
 
 
@@ -489,7 +508,8 @@ def _print_status(status: dict[str, Any]) -> None:
         console.print(
             "{logical} experts in {slots} slots a layer, {missing} missing, at least {min_replicas} replicas; "
             "{survivable_host_losses} lost hosts are survivable".format(**status["experts"])
-            + f", {status['survivable_without_compiling']} without compiling"
+            + f", {status['survivable_without_compiling']} without compiling; "
+            + ("load not known yet" if (x := status["experts"]["imbalance"]) is None else f"imbalance {x:.3f}")
         )
     narrow: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 1, 0, 0)}
     ranks = Table("rank", "host", "state", "pid", "device", **narrow)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from moe_jax.llm import engine_config
 from moe_jax.scheduler import Limits
 from serving.environment import Platform
 from serving.membership import Rules, Slots
+from serving.rebalancing import Policy
 
 _KEPT = 64 << 20  # bytes of repairs at hand
+# What a rank puts in place between two steps, beside serving: some milliseconds of copying, and of dispatching.
+_PART_BYTES, _PART_SLOTS = 64 << 20, 16
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class Cluster:
     num_experts: int
     start: Mapping[str, Any]  # of every engine's first command: config, path, load_format, cache, timeout
     repairs: Repairs | None = None
+    # Slots, their ranks, the load [layers, experts] or None, and the imbalance to leave → better slots, or the same.
+    rebalance: Callable[[Slots, Sequence[int], np.ndarray | None, float], Slots] = lambda slots, *_: slots
+    policy: Policy = Policy()
     service: str = "serving.jax_service"  # modules; tests have others
     engine: str = "serving.engine_process"
     service_host: str = "127.0.0.1"  # of this machine, as engines on others can reach it
@@ -92,11 +98,14 @@ def make_cluster(
     cache: Path | None,
     startup_timeout: float,
     times: Mapping[str, float] | None = None,
+    rebalance_above: float = Policy.above,
     **options: Any,
 ) -> tuple[Cluster, ModelConfig, EngineConfig]:
-    """hosts: the label of each rank. times: fields of membership.Rules. options: fields of EngineConfig; each expert is
-    on two hosts by default. Raises CheckpointError and ConfigError."""
+    """hosts: the label of each rank. times: fields of membership.Rules. rebalance_above: as Policy.above. options:
+    fields of EngineConfig; each expert is on two hosts by default. Raises CheckpointError and ConfigError."""
     model = open_checkpoint(path, load_format).config
+    if rebalance_above != 0 and not rebalance_above >= 1:
+        raise ConfigError(f"rebalance_above: found {rebalance_above}, expected 0 (never) or at least 1 (even)")
     if options.get("replication") is None:
         options["replication"] = min(2, len(set(hosts)))
     config = engine_config(model, len(hosts), platform, **options)
@@ -119,17 +128,21 @@ def make_cluster(
     def restore(slots: Slots, ranks: Sequence[int]) -> Slots:
         return placement.restore(slots, ranks, hosts, model.num_experts, config.replication)
 
-    def rebalance(slots: Slots, ranks: Sequence[int]) -> Slots | None:
+    def rebalance(slots: Slots, ranks: Sequence[int], load: np.ndarray | None, within: float) -> Slots:
+        if load is not None:
+            return placement.rebalance(slots, ranks, hosts, model.num_experts, config.replication, load, within)
         wanted = plan(ranks)
-        return None if wanted is None else keep_in_place(slots, wanted)
+        return slots if wanted is None else keep_in_place(slots, wanted)
 
+    policy = Policy(above=rebalance_above)
+    expert = 3 * model.hidden_size * model.moe_intermediate_size * (4 if config.dtype == "float32" else 2)  # bytes
     rules = Rules(
         len(hosts),
         tuple(hosts),
         plan,
         repairs,
         restore,
-        rebalance,
+        partial(placement.part, most=max(1, min(_PART_SLOTS, _PART_BYTES // expert))),
         orders="any" if platform == "cpu" else "sorted",
         **{"ready_timeout_s": startup_timeout, "join_timeout_s": startup_timeout, **(times or {})},
     )
@@ -140,7 +153,7 @@ def make_cluster(
         "cache": None if cache is None else str(cache),
         "timeout": startup_timeout,
     }
-    return Cluster(rules, Limits.of(config), model.num_experts, start, repairs), model, config
+    return Cluster(rules, Limits.of(config), model.num_experts, start, repairs, rebalance, policy), model, config
 
 
 def keep_in_place(held: Slots, wanted: Slots) -> Slots:

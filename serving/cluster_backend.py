@@ -31,6 +31,7 @@ from serving.environment import Platform, compilation_cache, engine_environment,
 from serving.launcher import Launcher
 from serving.ledger import Entry
 from serving.membership import Epoch
+from serving.rebalancing import Policy
 from serving.recycling import recycle
 from serving.worker import DISMISSED
 
@@ -45,7 +46,7 @@ class ClusterBackend:
 
     Options beside those of EngineConfig: startup_timeout and stall_timeout, seconds that starting may take and that
     work may stand still; heartbeat_timeout and window, seconds as in membership.Rules; restart, whether lost workers
-    are started again; cache_dir, where compiled programs are kept.
+    are started again; rebalance_above, as in rebalancing.Policy; cache_dir, where compiled programs are kept.
     Failing to start is a CheckpointError, a ConfigError, or a RuntimeError that names the rank and quotes its log.
     """
 
@@ -59,12 +60,21 @@ class ClusterBackend:
             "window_s": _seconds("window", options.pop("window", None), 0.02),
         }
         restart = options.pop("restart", None) is not False
+        above = options.pop("rebalance_above", None)
         cache_dir = options.pop("cache_dir", None)
         labels = host_labels(hosts, ranks_per_host)
         platform = guess_platform(jax.config.jax_platforms)  # type: ignore[attr-defined]
         cache = _directory(compilation_cache(platform, cache_dir, os.environ))
         cluster, self.model, self.config = make_cluster(
-            path, labels, platform, load_format, cache, startup, times, **options
+            path,
+            labels,
+            platform,
+            load_format,
+            cache,
+            startup,
+            times,
+            Policy.above if above is None else above,
+            **options,
         )
         for rank in range(len(labels)):
             engine_environment(rank, platform, os.environ)  # raises for what every worker would raise

@@ -32,6 +32,7 @@ from serving.ledger import Entry, Place
 from serving.membership import Membership
 from serving.metrics import Metrics
 from serving.protos import cluster_pb2_grpc as rpc
+from serving.rebalancing import Rebalancing
 from serving.recoveries import Recoveries
 from serving.router import Listener, Oblivion, Router
 from serving.service_process import ServiceProcess
@@ -111,7 +112,8 @@ class Coordinator:
         self._fences: dict[tuple[int, int], deque[tuple[int, int]]] = {}  # (generation, node): (rank, incarnation)
         self._epochs: dict[int, int] = {}  # incarnation: in how many it has been, of the current members
         self._draining: dict[str, tuple[set[int], asyncio.Future[None]]] = {}  # host: incarnations that shall leave
-        self._rebalanced: asyncio.Future[str] | None = None  # the cause of the next epoch that serves
+        self._moved: asyncio.Future[str] | None = None  # the cause of the epoch that serves when no more is to move
+        self.rebalancing = Rebalancing(self, cluster.policy)
         self._served = False  # ever
         self._compiled = 0  # programs, by engines of the mesh since then
         self._tick_at = 0.0
@@ -146,11 +148,13 @@ class Coordinator:
         await self._server.start()
         self.address = f"{address.rpartition(':')[0]}:{port}"
         self._tick()
+        self.rebalancing.start()
         return self.address
 
     async def close(self) -> None:
         """Dismiss all workers, end the service. Requests that have not ended stay in the journal."""
         self._closed = True
+        self.rebalancing.stop()
         if self._timer is not None:
             self._timer.cancel()
         for stream in self._current.values():
@@ -330,6 +334,10 @@ class Coordinator:
                     self._do(self._membership.entered(rank, incarnation, body["epoch"], time.monotonic()))
                 case "failed":
                     self._do(self._membership.failed(rank, incarnation, body["epoch"], time.monotonic()))
+                case "loads":
+                    counts = np.frombuffer(message.blob, np.int64).reshape(body["shape"])
+                    self.rebalancing.loads.add(counts, time.monotonic())
+                    stream.answers["loads"] = body
                 case "prefetched":
                     self._do(self._membership.prefetched(rank, incarnation, time.monotonic()))
                 case "error":
@@ -476,8 +484,11 @@ class Coordinator:
             case m.Serve(epoch):
                 self._served = True
                 self._recoveries.serving(now)
-                if self._rebalanced is not None and not self._rebalanced.done():
-                    self._rebalanced.set_result(self._membership.recoveries[-1].cause)
+                cause = self._membership.recoveries[-1].cause
+                if self._moved is not None and (cause not in m.MOVES or not self._membership.moving):
+                    if not self._moved.done():
+                        self._moved.set_result(cause)
+                    self._moved = None
                 self.router.place()
                 if self.cluster.repairs is not None:
                     self.cluster.repairs.expect(epoch.slots, epoch.order)
@@ -644,19 +655,25 @@ class Coordinator:
         await asyncio.shield(self._draining[host][1])  # whoever else asked for it waits for the same
         return {"ranks": ranks, "epoch": self._membership.status()["epoch"]}
 
-    async def rebalance(self) -> dict[str, Any]:
-        """{"slots": that change, "epoch": the first in which they have}. Raises Unavailable when it is not possible
-        now, or a loss comes between."""
-        refused, slots, actions = self._membership.rebalance(time.monotonic())
+    @property
+    def placement(self) -> m.Epoch:
+        """The epoch that serves. Raises Unavailable where experts cannot be moved now."""
+        if (refused := self._membership.busy) is not None:
+            raise Unavailable(refused)
+        assert self._membership.epoch is not None
+        return self._membership.epoch
+
+    async def move(self, number: int, goal: np.ndarray) -> None:
+        """Have the ranks of epoch `number` hold `goal`; returns when they do. Raises Unavailable when that is not
+        possible now, or a change of the ranks comes between."""
+        refused, actions = self._membership.rebalance(number, goal, time.monotonic())
         if refused is not None:
             raise Unavailable(refused)
-        if slots:
-            self._rebalanced = served = asyncio.get_running_loop().create_future()
-            self._do(actions)
-            cause = await served
-            if cause != "restore":
-                raise Unavailable(f"a change of the ranks came between ({cause}): try again")
-        return {"slots": slots, "epoch": self._membership.status()["epoch"]}
+        self._moved = moved = asyncio.get_running_loop().create_future()
+        self._do(actions)
+        cause = await moved
+        if cause not in m.MOVES:
+            raise Unavailable(f"a change of the ranks came between ({cause}): try again")
 
     def worn_host(self, most: int) -> str | None:
         """A host with an engine that has been in more than `most` epochs, the most worn one; None also while a rank is
@@ -668,8 +685,9 @@ class Coordinator:
         epochs, rank = max((self._epochs[incarnation], rank) for rank, incarnation in self.router.members.items())
         return self.cluster.rules.hosts[rank] if epochs > most else None
 
-    def status(self, slots: bool = False) -> dict[str, Any]:
-        """What `moe-jax status --json` prints. slots: with what each slot holds, [layers][ranks][slots] of experts."""
+    def status(self, slots: bool = False, load: bool = False) -> dict[str, Any]:
+        """What `moe-jax status --json` prints. slots: with what each slot holds, [layers][ranks][slots] of experts.
+        load: with what was measured of the experts, [layers][experts]."""
         status, hosts = self._membership.status(), self.cluster.rules.hosts
         epoch = self._membership.epoch
         for rank in status["ranks"]:
@@ -686,9 +704,13 @@ class Coordinator:
         live = [r["rank"] for r in status["ranks"] if r["state"] == "live"]
         return {
             **status,
-            "experts": None if epoch is None else _experts(epoch.slots, live, hosts, self.cluster.num_experts),
+            "experts": None
+            if epoch is None
+            else _experts(epoch.slots, live, hosts, self.cluster.num_experts)
+            | {"imbalance": self.rebalancing.imbalance(epoch)},
             "compilations": self._compiled,
             "survivable_without_compiling": self._ready_for(live),
+            "rebalances": self.rebalancing.changes,
             "recoveries": self._recoveries.changes(),
             "switches": self._recoveries.switches(),
             "coordinator": {"pid": os.getpid(), "took_over": self._taken_over},
@@ -699,6 +721,7 @@ class Coordinator:
                 **vars(self.router.ledger.counts),
             },
             **({"slots": [] if epoch is None else epoch.slots.tolist()} if slots else {}),
+            **({"load": self.rebalancing.loads.tokens.tolist()} if load else {}),
         }
 
     def observe(self, slots: bool = False) -> dict[str, Any]:

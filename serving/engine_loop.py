@@ -1,9 +1,9 @@
 """What an engine process does once its engine is built: obey the commands that have arrived, enter the epochs that are
 announced, and unless parked take a step with the other ranks.
 
-Commands: epoch, abort, prefetch, add, cancel, bell, score, status, adopt. Answers: arrived, entered, failed, prepared,
-prefetched, events, score, status, adopted. Everything it has to say leaves through one function, so a test can stand in
-for the process.
+Commands: epoch, abort, prefetch, add, cancel, bell, score, status, loads, adopt. Answers: arrived, entered, failed,
+prepared, prefetched, events, score, status, loads, adopted. Everything it has to say leaves through one function, so a
+test can stand in for the process.
 
 `adopt` comes from a coordinator that follows another one: drop all requests, and say which epoch this engine is in. It
 is answered in the inbox's thread, for the main one may wait for ranks that are no more.
@@ -129,6 +129,10 @@ class EngineLoop:
                     self._send({"type": "score", "number": body["number"], "error": str(e)})
             case "status":
                 self._send({"type": "status", **self.status()})
+            case "loads":  # answered after the next step if there is one: nothing waits for it
+                self.engine.look_at_loads()
+                if self.engine.parked:
+                    self._send_loads()
             case "adopt":  # `urgent` has answered
                 self._drop_requests()
             case other:
@@ -333,6 +337,13 @@ class EngineLoop:
             self._send({"type": "events", **said, "events": packed})
         for number, job in list(self._scores.items()):
             self._send_scores(number, job)
+        self._send_loads()
+
+    def _send_loads(self) -> None:
+        """What was asked for."""
+        loads = self.engine.loads()
+        if loads is not None:
+            self._send({"type": "loads", "shape": loads.shape}, loads.tobytes())
 
     def _together(self, collective: Callable[[], None]) -> bool:
         """Something that waits for the other ranks. False: it failed, and with it the epoch."""

@@ -36,6 +36,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+MOVES = ("restore", "rebalance")  # causes of epochs in which the same ranks hold other experts
 _MOST_AHEAD = 32  # hosts
 Slots = np.ndarray  # int32 [layers, num_ranks, S]: logical experts, -1: empty; rows of absent ranks are all -1
 State = Literal["STARTING", "SERVING", "RECOVERING", "UNSERVABLE", "DRAINING"]
@@ -54,7 +55,7 @@ class Rules:
     plan: Callable[[Sequence[int]], Slots | None]  # ranks → slots; None: too few slots for all experts
     repair: Callable[[Slots, Sequence[int]], Slots | None]  # slots, ranks → every expert held by them; None: too few
     restore: Callable[[Slots, Sequence[int]], Slots]  # slots, ranks → more replicas; equal: nothing to do
-    rebalance: Callable[[Slots, Sequence[int]], Slots | None] = lambda slots, ranks: None  # a better one; None: none
+    part: Callable[[Slots, Slots], Slots] = lambda slots, goal: goal  # as much of a change as one epoch should make
     orders: Literal["any", "sorted"] = "any"  # any: an order of ranks forms a communicator once (Gloo). sorted: NCCL
     window_s: float = 0.02  # losses within it are one epoch
     heartbeat_timeout_s: float = 1.0
@@ -97,7 +98,7 @@ class Epoch:
 class Recovery:
     """How one epoch came to be, whatever caused it. Times are the driver's; None: not reached (yet)."""
 
-    cause: str  # "start", "loss", "restart" (a new generation), "join", "drain", "restore"
+    cause: str  # "start", "loss", "restart" (a new generation), "join", "drain", or of MOVES
     began: float  # first evidence, or the decision to switch
     reasons: list[str] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
@@ -309,7 +310,9 @@ class Membership:
         self._recovery: Recovery | None = None  # of the epoch being made, then of the last
         self._entering: set[int] = set()
         self._leaving: set[int] = set()  # to be drained; those outside _members have been told
-        self._target: Slots | None = None  # restored redundancy, while it is fetched
+        self._goal: Slots | None = None  # what the members shall come to hold, beside serving
+        self._move = ""  # why, of MOVES
+        self._target: Slots | None = None  # the next part of it, while it is fetched
         self._fetching: set[int] = set()
         self._unexplained = 0  # failures without a culprit since the last step
         self._tried: Any = None  # what was found to have too few slots: plans are not made anew every tick
@@ -537,18 +540,29 @@ class Membership:
             self._say("DRAINING", f"host {host}")
         return None, self._advance(now)
 
-    def rebalance(self, now: float) -> tuple[str | None, int, list[Action]]:
-        """Change to the placement that `rules` would make of these ranks now. (why not, slots that change, actions)."""
-        if self.state != "SERVING" or self._target is not None or self._pending is not None:
-            busy = "a change of placement" if self.state == "SERVING" else self.state
-            return f"found {busy}, expected the state SERVING and no change: try again then", 0, []
-        target = self.rules.rebalance(self._slots, sorted(self._members))
-        if target is None or np.array_equal(target, self._slots):
-            return None, 0, []
-        self._target = target
-        self._fetching = {r for r in self._members if not np.array_equal(target[:, r], self._slots[:, r])}
-        self._prefetch(now)
-        return None, int((target != self._slots).sum()), self._advance(now)
+    @property
+    def moving(self) -> bool:
+        """Whether experts are being moved beside serving."""
+        return self._goal is not None
+
+    @property
+    def busy(self) -> str | None:
+        """Why experts cannot be moved now."""
+        still = not (self._goal is not None or self._pending or self._entering)
+        if self.state == "SERVING" and still:
+            return None
+        found = "a change on its way" if self.state == "SERVING" else self.state
+        return f"found {found}, expected the state SERVING and no change: try again then"
+
+    def rebalance(self, number: int, goal: Slots, now: float) -> tuple[str | None, list[Action]]:
+        """Have the members of epoch `number` hold `goal`, a part at a time. A reason: refused, nothing changed."""
+        refused = self.busy
+        if refused is None and (self.epoch is None or self.epoch.number != number):
+            refused = f"found epoch {self.epoch and self.epoch.number}, expected {number}: it was made for that"
+        if refused is None:
+            self._goal, self._move = goal, "rebalance"
+            self._approach(now)
+        return refused, self._advance(now)
 
     def resume(self, now: float) -> None:
         """The driver stood still: nobody is judged by that time."""
@@ -665,7 +679,7 @@ class Membership:
             self._out.append(Abort(ranks, self._incarnations(ranks), self.epoch.number))
         self._stepping = False
         self._entering.clear()
-        self._target = None
+        self._goal = self._target = None
         for kind in ("enter", "stall", "prefetch"):
             self._timers.stop(kind)
         if not self._fresh and self._recovery:
@@ -708,7 +722,7 @@ class Membership:
             self._stop_service(self.generation)
         self._timers.keep("heartbeat", "back", "hold")
         self._phase, self._nodes, self._members = "gather", (), []
-        self._target, self._stepping, self._tried = None, False, None
+        self._goal, self._target, self._stepping, self._tried = None, None, False, None
         self._entering.clear()
         for worker in self._workers.values():
             worker.stage, worker.busy = "waiting", False
@@ -812,7 +826,7 @@ class Membership:
         elif self._outsiders():
             self._gather_again(f"ranks {self._outsiders()} are new", now)
         elif self._target is not None and not self._fetching:
-            self._commit("restore", self._members, [], self._target, now)
+            self._commit(self._move, self._members, [], self._target, now)
 
     def _joiners(self) -> list[int]:
         told = {*self._members, *self._leaving}
@@ -855,7 +869,7 @@ class Membership:
             self._commit("drain", staying, [], slots, now)
 
     def _commit(self, cause: str, members: list[int], joiners: list[int], slots: Slots, now: float) -> None:
-        order = tuple(members) if cause == "restore" else self._unused_order(members, joiners)
+        order = tuple(members) if cause in MOVES else self._unused_order(members, joiners)
         if order is None:
             return self._gather_again(f"every order of ranks {sorted([*members, *joiners])} has been used", now)
         slots = np.array(slots, np.int32)
@@ -920,12 +934,18 @@ class Membership:
             self._timers.stop("hold", rank)
         self._timers.start(self.rules.stall_s, now, "stall")
         self._say("SERVING", "")
-        if self._cause != "restore":
-            target = self.rules.restore(epoch.slots, sorted(epoch.order))
-            if not np.array_equal(target, epoch.slots):
-                self._target = target
-                self._fetching = {r for r in epoch.order if not np.array_equal(target[:, r], epoch.slots[:, r])}
-                self._prefetch(now)
+        if self._cause not in MOVES:
+            self._goal, self._move = self.rules.restore(epoch.slots, sorted(epoch.order)), "restore"
+        self._approach(now)
+
+    def _approach(self, now: float) -> None:
+        """Fetch the next part of what the members shall hold."""
+        if self._goal is not None and np.array_equal(self._goal, self._slots):
+            self._goal = None
+        if self._goal is not None:
+            self._target = target = self.rules.part(self._slots, self._goal)
+            self._fetching = {r for r in self._members if not np.array_equal(target[:, r], self._slots[:, r])}
+            self._prefetch(now)
 
     def _prefetch(self, now: float) -> None:
         if self._target is not None:

@@ -176,4 +176,7 @@ class _Present(Collector):
         yield gauge("experts_missing", "Logical experts without a live slot, all layers.", experts.get("missing"))
         lost = experts.get("survivable_host_losses")
         yield gauge("survivable_host_losses", "Hosts that may be lost with nothing to load.", lost)
+        uneven = experts.get("imbalance")
+        yield gauge("expert_imbalance", "Measured load of the most loaded rank over the mean.", uneven)
+        yield counter("rebalances", "Times that experts were moved after their load.", status["rebalances"])
         yield gauge("compilations", "Programs compiled since serving began.", status["compilations"])

@@ -26,6 +26,7 @@ class Options:
     tls: Tls | None = None
     api_keys: Path | None = None
     cluster_token: str | None = None
+    rebalance_above: float = 1.25  # imbalance; 0: never by itself
     max_queue_tokens: int | None = None  # of all open requests; None: four times what the caches hold
     max_output_tokens: int | None = None  # of one request; None: as many as fit
     web: str | None = None  # host:port of status page and metrics

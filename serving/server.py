@@ -83,7 +83,14 @@ def prepare(options: Options) -> tuple[Cluster, ModelConfig]:
         log.warning("%s: compiled programs cannot be kept there (%s)", cache, e.strerror)
         cache = None
     cluster, model, _ = make_cluster(
-        options.model, labels, options.platform, options.load_format, cache, _STARTUP, **options.engine
+        options.model,
+        labels,
+        options.platform,
+        options.load_format,
+        cache,
+        _STARTUP,
+        rebalance_above=options.rebalance_above,
+        **options.engine,
     )
     limits, tokens = cluster.limits, options.max_queue_tokens
     if tokens is None:

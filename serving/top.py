@@ -44,7 +44,8 @@ class View:
         head.append(f"{rate:8.0f} tokens/s  ").append(bars + "\n", "green")
         head.append(f"{requests['open']} requests, {requests['waiting']} waiting, {requests['refused']} refused; ")
         head.append(f"{experts.get('missing', '–')} experts missing, ")
-        head.append(f"{experts.get('survivable_host_losses', '–')} lost hosts survivable\n")
+        head.append(f"{experts.get('survivable_host_losses', '–')} lost hosts survivable, ")
+        head.append(f"imbalance {experts.get('imbalance') or '–'}\n")
         return head
 
     def _ranks(self, status: dict[str, Any]) -> Table:

@@ -36,7 +36,7 @@ from serving.protos import cluster_pb2_grpc as rpc
 from serving.relay import Reach, Relay, connect
 from serving.tls import Tls
 
-PROTOCOL = "3"  # of what is said on the stream; the coordinator dismisses any other
+PROTOCOL = "4"  # of what is said on the stream; the coordinator dismisses any other
 DISMISSED = 75  # EX_TEMPFAIL of sysexits.h: start it again
 HEARTBEAT = 0.2  # seconds
 KEEPALIVE = (  # of both ends

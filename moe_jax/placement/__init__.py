@@ -20,7 +20,7 @@ from moe_jax.placement.measures import (
     survivable_host_losses,
 )
 from moe_jax.placement.planning import plan, rebalance
-from moe_jax.placement.repairing import repair, restore
+from moe_jax.placement.repairing import part, repair, restore
 from moe_jax.placement.report import Changes, LossReport, Report, changes, report
 from moe_jax.placement.tables import primaries, routing
 
@@ -37,6 +37,7 @@ __all__ = [
     "make_load",
     "missing",
     "moves",
+    "part",
     "plan",
     "primaries",
     "read_load",

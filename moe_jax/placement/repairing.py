@@ -77,6 +77,15 @@ def restore(
     return whole(slots, live, placed)
 
 
+def part(slots: np.ndarray, goal: np.ndarray, most: int) -> np.ndarray:
+    """`slots` with what `goal` changes in the first layers that differ: in as many as have no rank load more than
+    `most` slots, and in one at least. What is promised of both holds of each part, because layers share nothing."""
+    changed = ((goal != slots) & (goal >= 0)).sum(2)  # [layers, ranks]
+    differs = (goal != slots).any((1, 2))
+    take = differs & ((np.cumsum(changed, axis=0) <= most).all(1) | (np.cumsum(differs) == 1))
+    return np.where(take[:, None, None], goal, slots)
+
+
 def _fraction(given: np.ndarray) -> np.ndarray:
     return given / (given.max(initial=0) + 1)
 

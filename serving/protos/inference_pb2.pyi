@@ -157,10 +157,12 @@ class GetModelResponse(_message.Message):
     def __init__(self, name: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_output_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., max_logprobs: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ("slots",)
+    __slots__ = ("slots", "load")
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     slots: bool
-    def __init__(self, slots: bool = ...) -> None: ...
+    load: bool
+    def __init__(self, slots: bool = ..., load: bool = ...) -> None: ...
 
 class StatusResponse(_message.Message):
     __slots__ = ("json",)

@@ -457,8 +457,9 @@ class AdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Rebalance(self, request, context):
-        """Lay the experts out anew for the ranks that serve, which repairs may have left uneven. Weights are fetched in the
-        background; answers when the epoch with the new placement serves, or at once if there is nothing to change.
+        """Lay the experts out anew for the ranks that serve, which repairs or the load may have left uneven: by the measured
+        load, with few moves, or, while too little was measured, for equal loads. Weights are fetched in the background;
+        answers when the last of them are in place, or at once if there is nothing to change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

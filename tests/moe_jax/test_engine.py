@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import reference
 
+from moe_jax.checkpoint import load_params
 from moe_jax.executables import Executables, Program, compilations
 from moe_jax.kernels.hopper_ffn import hopper_ffn_reference
 from moe_jax.kernels.paged_attention import paged_attention_reference
@@ -47,6 +49,35 @@ def test_nothing_is_compiled_while_serving(ranks: int, ahead: bool) -> None:
             found[event.request_id] = found.get(event.request_id, 0) + 1
     assert found == expected
     assert compilations.count == before
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_counts_the_tokens_of_each_expert(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the plain forward pass routes there; those of a failed step or of padding are none."""
+    engine = make_engine(ranks=ranks, prefix_caching=False)
+    assert engine.loads() is None
+    engine.look_at_loads()
+    before = engine.loads()
+    assert before is not None and not before.any(), "warming up counts nothing"
+    requests = [request(f"r{i}", [7 + i, 99, 1000 + i] * (1 + 9 * i), 6) for i in range(4)]
+    tokens = run(engine, requests)
+    engine.look_at_loads()
+    found = engine.loads()
+    chosen: list[np.ndarray] = []
+    plain = reference.route
+    monkeypatch.setattr(reference, "route", lambda *args: chosen.append(plain(*args)) or chosen[-1])
+    c = engine.model
+    slots = np.tile(np.arange(c.num_experts, dtype=np.int32), (c.num_moe_layers, 1))
+    params = load_params(engine.checkpoint, slots, jax.local_devices()[0], "float32")
+    expected = np.zeros((c.num_moe_layers, c.num_experts), np.int64)
+    for r in requests:
+        chosen.clear()
+        reference.logprobs(c, params, [*r.token_ids, *tokens[r.request_id]][:-1])
+        expected += [(weights != 0).sum(0) for weights in chosen]
+    assert found is not None and np.array_equal(found, expected)
+    engine.look_at_loads()
+    again = engine.loads()
+    assert again is not None and not again.any(), "each token is told of once"
 
 
 def test_without_loops(monkeypatch: pytest.MonkeyPatch) -> None:

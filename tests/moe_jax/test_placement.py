@@ -447,6 +447,26 @@ def test_rebalance_follows_a_load_that_drifts_with_few_moves(kind):
     assert placement.survivable_host_losses(after, ONE_EACH, 256) == 1
 
 
+@settings(max_examples=100, deadline=None)
+@given(damaged(), st.data())
+def test_parts_of_a_change_keep_what_both_ends_keep(case, data):
+    """Each is small, none undoes anything, and together they are the change."""
+    slots, ranks, hosts, num_experts = case
+    now = alone(slots, ranks)
+    goal = restore(now, ranks, hosts, num_experts, 2)
+    most = data.draw(st.integers(1, 4))
+    on = np.minimum(*(holders(p, hosts, num_experts).sum(2) for p in (now, goal)))
+    for _ in range(len(slots) + 1):
+        after = placement.part(now, goal, most)
+        assert (holders(after, hosts, num_experts).sum(2) >= on).all()
+        changed = after != now
+        assert (after[changed] == goal[changed]).all()
+        assert changed.any() == (now != goal).any()
+        assert changed.sum(2).sum(0).max() <= most or changed.any((1, 2)).sum() == 1
+        now = after
+    assert (now == goal).all()
+
+
 # measures ------------------------------------------------------------------------------------------------------------
 
 

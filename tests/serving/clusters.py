@@ -19,6 +19,7 @@ from serving.journal import Journal
 from serving.launcher import Launcher
 from serving.ledger import Entry
 from serving.membership import Rules
+from serving.rebalancing import Policy
 from tests.serving.fake_engine import tokens
 
 LAYERS, EXPERTS = 2, 8
@@ -26,7 +27,12 @@ FAST: dict[str, float] = {"heartbeat_timeout_s": 0.6, "start_grace_s": 10.0, "re
 
 
 def fake_cluster(
-    hosts: Sequence[str], slots: int = 4, replication: int = 2, fake: dict[str, Any] | None = None, **times: float
+    hosts: Sequence[str],
+    slots: int = 4,
+    replication: int = 2,
+    fake: dict[str, Any] | None = None,
+    policy: Policy | None = None,
+    **times: float,
 ) -> Cluster:
     def plan(ranks: Sequence[int]) -> np.ndarray | None:
         placed = np.full((LAYERS, len(hosts), slots), -1, np.int32)
@@ -39,6 +45,12 @@ def fake_cluster(
                 pass
         return None
 
+    def rebalance(held: np.ndarray, ranks: Sequence[int], load: np.ndarray | None, within: float) -> np.ndarray:
+        if load is not None:
+            return placement.rebalance(held, ranks, hosts, EXPERTS, replication, load, within)
+        wanted = plan(ranks)
+        return held if wanted is None else keep_in_place(held, wanted)
+
     repairs = Repairs(hosts, EXPERTS)
     rules = Rules(
         len(hosts),
@@ -46,12 +58,13 @@ def fake_cluster(
         plan,
         repairs,
         lambda held, ranks: placement.restore(held, ranks, hosts, EXPERTS, replication),
-        lambda held, ranks: None if (wanted := plan(ranks)) is None else keep_in_place(held, wanted),
+        lambda held, goal: placement.part(held, goal, 1),
         **{**FAST, **times},  # type: ignore[arg-type]
     )
     start = {"config": {"fake": fake or {}}, "path": "", "load_format": "auto", "cache": None, "timeout": 60}
     limits = Limits(page_size=16, num_pages=1 << 12, max_batch=16, max_prefill_rows=16, max_model_len=1 << 14)
-    return Cluster(rules, limits, EXPERTS, start, repairs, "tests.serving.fake_service", "tests.serving.fake_engine")
+    service, engine = "tests.serving.fake_service", "tests.serving.fake_engine"
+    return Cluster(rules, limits, EXPERTS, start, repairs, rebalance, policy or Policy(), service, engine)
 
 
 class Running:

@@ -7,6 +7,7 @@ An engine's token is a function of (seed, index). How it behaves is said in the 
     error                     {"rank", "kind", "message"}: this rank says so instead of joining
     die                       {"rank", "at"}: this rank kills itself at "start", "joined" or "ready"
     deaf                      {"rank", "epoch"}: this rank never enters this epoch
+    routes                    [layers][experts], the tokens that a step of one request gives to each
     kernels                   the rank whose kernels are not those of the others
     dies_with_service         as an engine does when the JAX service is killed
 """
@@ -20,6 +21,8 @@ import sys
 import threading
 import time
 from typing import Any
+
+import numpy as np
 
 from serving.channel import Channel
 from serving.inbox import Inbox
@@ -45,6 +48,7 @@ class FakeEngine:
         self.fake: dict[str, Any] = {}
         self.steps = self.bell = 0
         self.scores: list[dict[str, Any]] = []
+        self.loads = np.zeros((0, 0), np.int64)
 
     def run(self) -> None:
         while True:
@@ -82,6 +86,9 @@ class FakeEngine:
                 self.scores.clear()
                 epoch = self.epoch if self.member and self.aborted < self.epoch else 0
                 self.send({"type": "adopted", "epoch": epoch, "bells": self.bell, "device": "fake", "sizes": [1]})
+            case "loads":
+                self.send({"type": "loads", "shape": self.loads.shape}, self.loads.tobytes())
+                self.loads[:] = 0
             case "status":
                 self.send({"type": "status", "compilations": 0, "steps": self.steps, "parked": self.parked})
             case other:
@@ -90,6 +97,7 @@ class FakeEngine:
     def start(self, body: dict[str, Any]) -> None:
         self.fake = fake = body["config"].get("fake", {})
         self.die("start")
+        self.loads = np.zeros_like(fake.get("routes", [[]]), np.int64)
         time.sleep(fake.get("join", 0.0))
         error = fake.get("error")
         if error is not None and error["rank"] == self.rank:
@@ -129,6 +137,7 @@ class FakeEngine:
             params, output = request["params"], request["output_ids"]
             index = len(output)
             output.append(token(params["seed"], index))
+            self.loads += self.fake.get("routes", 0)
             reason = "length" if len(output) >= params["max_tokens"] else None
             events.append([number, index, output[-1], -0.5, [], reason])
             if reason is not None:

@@ -386,7 +386,7 @@ def test_status(three):
     assert [r["host"] for r in status["ranks"]] == ["a", "b", "c"]
     for rank in status["ranks"]:
         assert {"rank", "host", "pid", "state", "device"} <= rank.keys()
-    experts = {"logical", "slots", "missing", "min_replicas", "survivable_host_losses"}
+    experts = {"logical", "slots", "missing", "min_replicas", "survivable_host_losses", "imbalance"}
     assert experts == status["experts"].keys() and status["experts"]["missing"] == 0
     phases = [f"{p}_ms" for p in ("detect", "fence", "agree", "load", "compile", "rebuild", "resume", "pause")]
     for change in status["recoveries"]:

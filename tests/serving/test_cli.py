@@ -172,7 +172,14 @@ STATUS: dict[str, Any] = {
         {"rank": 1, "host": "b", "pid": None, "state": "lost", "device": None},
     ],
     "survivable_without_compiling": 1,
-    "experts": {"logical": 8, "slots": 6, "missing": 0, "min_replicas": 1, "survivable_host_losses": 0},
+    "experts": {
+        "logical": 8,
+        "slots": 6,
+        "missing": 0,
+        "min_replicas": 1,
+        "survivable_host_losses": 0,
+        "imbalance": None,
+    },
     "compilations": 0,
     "recoveries": [
         {"epoch": 3, "lost": [1], "joined": [], "detect_ms": 1.5, "fence_ms": 2, "agree_ms": 3, "load_ms": 4}

@@ -17,12 +17,14 @@ import grpc
 import numpy as np
 import pytest
 
+from moe_jax import placement
 from moe_jax.request import Request, SamplingParams
 from serving.coordinator import Unavailable
 from serving.journal import Journal
 from serving.ledger import AlreadyExists
 from serving.protos import cluster_pb2 as pb
 from serving.protos import cluster_pb2_grpc as rpc
+from serving.rebalancing import Policy
 from serving.recycling import recycle
 from serving.worker import DISMISSED, PROTOCOL
 from tests.serving.clusters import Running, fake_cluster, kill
@@ -416,3 +418,65 @@ def test_idle_engines_are_left_alone():
         assert len(os.listdir("/proc/self/fd")) < 100
 
     run(scenario, fake_cluster(FOUR))
+
+
+# Load
+
+
+def test_experts_follow_their_load():
+    """One expert of each layer gets most tokens: by itself the coordinator lays them out anew, a layer at a time, and
+    says so; streams go on, and what is promised holds in every epoch."""
+    hot = [[1] * 8, [1] * 8]
+    hot[0][3], hot[1][5], hot[1][0] = 12, 7, 4
+
+    async def scenario(r: Running) -> None:
+        served: list[np.ndarray] = []
+        r.coordinator.watcher.served = lambda epoch: served.append(epoch.slots)
+        r.submit(8, 600)
+        await r.flowing()
+        assert r.status()["experts"]["imbalance"] is None, "too little is known"
+        rebalancing = r.coordinator.rebalancing
+        await r.until(lambda: rebalancing.changes == 1)
+        load = np.array(r.coordinator.status(load=True)["load"])
+        assert np.allclose(load / load.sum(), np.array(hot) / np.sum(hot), atol=0.01)
+        moves = [s for s in r.status()["switches"] if s["cause"] == "rebalance"]
+        assert len(moves) == len(served) >= 1 and not r.status()["recoveries"]
+        assert all(placement.survivable_host_losses(slots, FOUR, 8) >= 1 for slots in served)
+        before = placement.imbalance(rebalanced_from, range(4), load, 8)
+        assert r.status()["experts"]["imbalance"] < before - rebalancing.policy.gain
+        await r.flowing()
+        await asyncio.sleep(0.5)
+        assert rebalancing.changes == 1, "what cannot become better stays"
+
+    policy = Policy(above=1.05, within=1.0, every=0.1, rest=0.0, enough=10.0)
+    cluster = fake_cluster(FOUR, slots=5, fake={"routes": hot, "step": 0.005}, policy=policy)
+    rebalanced_from = cluster.rules.plan(range(4))
+    assert rebalanced_from is not None
+    run(scenario, cluster)
+
+
+def test_a_loss_while_experts_are_moved():
+    """The change is given up, and whoever asked for it is told; streams go on."""
+
+    async def scenario(r: Running) -> None:
+        r.submit(8, 800)
+        await r.flowing()
+        epoch = r.coordinator.placement
+        goal = epoch.slots[:, :, ::-1].copy()
+        moving = asyncio.ensure_future(r.coordinator.move(epoch.number, goal))
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="a change on its way"):
+            await r.coordinator.move(epoch.number, goal)
+        kill(r.engine(2), SIGKILL)
+        with pytest.raises(Unavailable, match=r"came between \(loss\)"):
+            await moving
+        await r.serving(after=epoch.number)
+        await r.until(lambda: r.coordinator._membership.busy is None)
+        with pytest.raises(Unavailable, match=f"expected {epoch.number}"):
+            await r.coordinator.move(epoch.number, goal)
+        now = r.coordinator.placement
+        await r.coordinator.move(now.number, goal)
+        assert np.array_equal(r.coordinator.placement.slots, goal)
+        assert r.coordinator.epoch == now.number + len(goal), "one layer an epoch"
+
+    run(scenario, fake_cluster(FOUR, fake={"step": 0.005}))

@@ -23,6 +23,7 @@ from moe_jax.config import ConfigError
 from moe_jax.llm import model_directory
 from moe_jax.request import Request
 from serving.cluster_backend import ClusterBackend
+from serving.rebalancing import Policy
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -115,6 +116,34 @@ def test_the_same_log_probabilities_bit_by_bit(cluster, single):
     assert np.array_equal(got, cluster.score(tokens, chunk=16))
     with pytest.raises(ValueError, match="token_ids: found 5000 tokens"):
         cluster.score([1] * 5000)
+
+
+def test_experts_follow_their_load_and_no_token_changes(cluster):
+    """What engines count, the coordinator moves experts for: beside the streams, and with nothing compiled."""
+    running = backend(cluster)._running
+    rebalancing = running.coordinator.rebalancing
+    running.call(rebalancing.stop)  # else it would look at its own time
+    heal(cluster)
+    prompts = [[300] * 150, [4000] * 100, [7] * 100, [1000] * 50]
+    params = SamplingParams(max_tokens=100, temperature=0.9, seed=1, ignore_eos=True)
+    undisturbed = [out.outputs[0].token_ids for out in cluster.generate(prompts, params)]
+    rebalancing.policy = Policy(above=1.02, within=1.0, gain=0.01, enough=50.0)
+    ids = [cluster.submit(prompt, params) for prompt in prompts]
+    tokens = {request_id: [] for request_id in ids}
+    epoch, moved = backend(cluster).status()["epoch"], None
+    while not all(len(t) == 100 for t in tokens.values()):
+        for update in cluster.poll():
+            tokens[update.request_id] += update.token_ids
+        if moved is None and all(len(t) > 30 for t in tokens.values()):
+            moved = running.begin(rebalancing.look())
+    assert moved is not None and moved.result(20)
+    assert list(tokens.values()) == undisturbed
+    status = backend(cluster).status()
+    made = status["switches"][-1]
+    assert made["cause"] == "rebalance" and made["epoch"] > epoch and made["compile_ms"] == 0
+    assert (status["compilations"], status["rebalances"], status["experts"]["missing"]) == (0, 1, 0)
+    assert status["experts"]["survivable_host_losses"] == 1
+    assert [out.outputs[0].token_ids for out in cluster.generate(prompts, params)] == undisturbed
 
 
 def test_score_while_requests_are_served(cluster):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_jax.placement import part
 from serving.membership import (
     Abort,
     Announce,
@@ -142,6 +143,7 @@ class World:
             ranks,
             tuple(f"host{r // per_host}" for r in range(ranks)),
             *placement(ranks, self.experts, size),
+            lambda slots, goal: part(slots, goal, rng.choice((1, size))),
             orders=rng.choice(("any", "any", "sorted")),
             start_grace_s=2.0,
             restart_grace_s=1.0,
@@ -679,6 +681,8 @@ class World:
                     self.lose_service(rng.choice(running), kind == "kill service")
             case "drain":
                 self.tell(self.drain, rng.choice(self.rules.hosts))
+            case "rebalance":
+                self.tell(self.rebalance)
             case "coordinator stands still":
                 self.stand_still(rng.uniform(0.3, 3.0))
             case "coordinator dies":
@@ -744,6 +748,17 @@ class World:
         self.tally["drains refused"] += refused is not None
         self.carry_out(actions)
 
+    def rebalance(self):
+        """Every expert takes the places of another one."""
+        epoch, experts = self.machine.epoch, list(range(self.experts))
+        if epoch is not None:
+            self.rng.shuffle(experts)
+            goal = np.array([*experts, -1], np.int32)[epoch.slots]
+            refused, actions = self.machine.rebalance(epoch.number, goal, self.now)
+            assert refused is None or (len(refused) > 20 and not actions)
+            self.tally["rebalances refused"] += refused is not None
+            self.carry_out(actions)
+
     def restart_coordinator(self):
         for service in self.services.values():
             service.alive = False
@@ -787,14 +802,23 @@ class World:
             and self.good() <= set(machine.epoch.order)
             and machine._pending is None
             and not machine._entering
-            and machine._target is None
+            and not machine.moving
         )
 
 
 FAULTS = [
     *("kill", "kill", "kill", "kill engine", "kill two", "kill host", "stop engine", "stop worker"),
     *("cut from the coordinator", "cut between workers", "start twice", "fail", "kill service", "stop service"),
-    *("drain", "drain", "coordinator stands still", "coordinator dies", "rank breaks", "rank leaves"),
+    *(
+        "drain",
+        "drain",
+        "rebalance",
+        "rebalance",
+        "coordinator stands still",
+        "coordinator dies",
+        "rank breaks",
+        "rank leaves",
+    ),
 ]
 
 

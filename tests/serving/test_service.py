@@ -169,7 +169,7 @@ def test_rebalance(served):
     next(call)
     epoch = served.status()["epoch"]
     moved = served.admin.Rebalance(pb.RebalanceRequest(), timeout=20)
-    assert moved.epoch == epoch + bool(moved.slots)
+    assert moved.epoch >= epoch + bool(moved.slots)  # a part an epoch
     again = served.admin.Rebalance(pb.RebalanceRequest(), timeout=20)
     assert (again.slots, again.epoch) == (0, moved.epoch)
     assert list(call)[-1].usage.completion_tokens == 800
