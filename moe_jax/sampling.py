@@ -117,8 +117,7 @@ def sample(
 ) -> Sampled:
     """logits [S, V] float32; want_top: whether any row asked for its best tokens (zeros if not: they are costly).
     reduce: a version of `log_sum_exp`."""
-    random = (p.temperature > 0).any()
-    restricted = ((p.top_k > 0) | (p.top_p < 1)).any()
+    random, restricted = (p.temperature > 0).any(), _restricted(p).any()
 
     def draw() -> jax.Array:
         scaled = _scaled(logits, p)
@@ -134,7 +133,7 @@ def sample(
 def sample_fast(logits: jax.Array, p: SampleParams, want_top: jax.Array) -> Sampled:
     """The same, up to rounding: sums in any order, and only one branch, because on a GPU the host waits at each."""
     total = jax.nn.logsumexp(logits, axis=-1)
-    costly = ((p.top_k > 0) | (p.top_p < 1)).any() | want_top
+    costly = _restricted(p).any() | want_top
 
     def token(scaled: jax.Array) -> jax.Array:
         return jnp.argmax(_noisy(logits, scaled, p), axis=-1).astype(jnp.int32)
@@ -145,6 +144,11 @@ def sample_fast(logits: jax.Array, p: SampleParams, want_top: jax.Array) -> Samp
         lambda: (token(_scaled(logits, p)), *_no_best(logits)),
     )
     return Sampled(token, _chosen(logits, token, total), *top)
+
+
+def _restricted(p: SampleParams) -> jax.Array:
+    """Whether top-k or top-p decide about a row. Not about greedy ones, nor about padding, which is all zeros."""
+    return ((p.top_k > 0) | (p.top_p < 1)) & (p.temperature > 0)
 
 
 def _scaled(logits: jax.Array, p: SampleParams) -> jax.Array:
