@@ -213,9 +213,12 @@ class Server:
         return str(self.count)
 
     def drain(self) -> None:
-        assert self.backend.engine is not None
-        while self.backend.engine.has_work or self.backend.engine.in_flight:
+        engine = self.backend.engine
+        assert engine is not None
+        while engine.has_work:
             self.backend.poll(None)
+        while engine.in_flight:
+            engine.finish()
 
     def first_token(self, length: int, repeats: int = 5) -> float:
         """Seconds from a request to its first token, with nothing else to do; the median."""
@@ -292,17 +295,20 @@ class ExpertCount:
             self.step = engine.programs.step(self.bucket, mesh).lower(*arguments).compile()
         finally:
             moe_jax.model.moe = original
-        self.jax = jax
 
     def __call__(self) -> float:
         """The mean over layers, for the sequences that decode now."""
-        engine, jax = self.engine, self.jax
-        if engine.in_flight:
+        import jax
+
+        from moe_jax.mesh import SHARDED
+
+        engine = self.engine
+        while engine.in_flight:
             engine.finish()
         scheduler = engine.ranks[0].scheduler
         plan = scheduler.schedule(self.bucket.rows, False)
-        batch = engine.mesh.put([engine.layouts[self.bucket].pack(plan)[None]], jax.sharding.PartitionSpec("expert"))
-        leaves = [*engine.fixed, *engine.cache.values(), batch]
+        vectors = np.zeros((1, engine.config.max_batch), np.int32), engine.layouts[self.bucket].pack(plan)[None]
+        leaves = [*engine.fixed, *engine.cache.values(), *(engine.mesh.put([v], SHARDED) for v in vectors)]
         self.hits.clear()
         jax.block_until_ready(self.step(*jax.tree.unflatten(self.tree, leaves)))
         jax.effects_barrier()
