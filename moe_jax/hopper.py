@@ -103,13 +103,13 @@ def attend(
     new: Cache,
     cache: Cache,
     layer: jax.Array,
-    position: jax.Array,
+    items: Queries,
     e: Entries,
     value_dim: int,
     row_tile: int,
     prefill: bool,
 ) -> jax.Array:
-    """As `attention.attend`, up to rounding. `new` must be finite."""
+    """As `attention.attend`, up to rounding. `new` must be finite, items are `decode_items`."""
     rows, heads, key_dim = q.shape
     kv_heads = cache["k"].shape[2]
     groups = heads // kv_heads
@@ -134,7 +134,6 @@ def attend(
 
         return by_row(out), by_row(lse)
 
-    items = decode_items(position, e)
     n = items.entry.shape[0]
     blocks = kv_heads * -(-_padded_groups(groups, 1) // ROWS)
     out, lse = see(grouped[:n, None], 1, items, None, None, choose_splits(n, blocks, e.tables.shape[1]))

@@ -178,8 +178,9 @@ def layer(
     position: jax.Array,
     turn: Turn,
     real: jax.Array,
+    decode_items: Any,
 ) -> tuple[jax.Array, Cache]:
-    """One layer over the rows x [T, H]; real [T] tells rows from padding. `index` counts the model's layers, p.index
+    """One layer over the rows x [T, H]; real [T] tells rows from padding; decode_items are hopper's, if it is used. `index` counts the model's layers, p.index
     the segment's. experts and table are the segment's. Returns x and the layer's new keys and values."""
     run, c = p.run, p.run.model
     qkv = project_latent if c.latent else project
@@ -191,7 +192,7 @@ def layer(
         from moe_jax import hopper
 
         new = hopper.finite(new)
-        a = hopper.attend(q, new, cache, index, position, e, value_dim, run.row_tile, run.prefill)
+        a = hopper.attend(q, new, cache, index, decode_items, e, value_dim, run.row_tile, run.prefill)
     elif run.straight:
         a = attend_gathered(q, new, cache, index, position, e, value_dim, run.row_tile, run.prefill)
     else:
@@ -210,7 +211,7 @@ def layer(
     if experts is None:
         return after, new
     x, h, ids, weights = after
-    y = moe(
+    x = moe(
         h,
         jnp.where(real[:, None], ids, -1),
         weights,
@@ -223,9 +224,10 @@ def layer(
         spread=run.prefill,
         ffn=run.ffn,
         deterministic=run.deterministic,
+        residual=x,
         hopper=run.kernels == "hopper",
     )
-    return x + y, new
+    return x, new
 
 
 def forward(
@@ -243,7 +245,11 @@ def forward(
     x = params["embed"][token].astype(run.dtype)
     turn = rotary(position, run.model.rope)
     rows = e.num_tiles * run.row_tile
-    news, first_moe = [], 0
+    news, first_moe, decode_items = [], 0, None
+    if run.kernels == "hopper":
+        from moe_jax import hopper
+
+        decode_items = hopper.decode_items(position, e)
     for p, (has_experts, first, layers) in zip(params["segments"], run.model.segments, strict=True):
         # Expert weights are cut out of their stack where they are used: scanned, every slot would be copied.
         experts = {name: a for name, a in p.items() if name.startswith("experts_")} if has_experts else None
@@ -263,7 +269,7 @@ def forward(
         ) -> Any:
             x, within = carry
             p = Layer(run, params, rest, within, rows)
-            x, new = layer(p, experts, tables, x, first + within, cache, e, position, turn, real)
+            x, new = layer(p, experts, tables, x, first + within, cache, e, position, turn, real, decode_items)
             return (x, within + 1), new
 
         (x, _), new = lax.scan(body, (x, jnp.int32(0)), rest)

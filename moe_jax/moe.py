@@ -6,6 +6,7 @@ the one here all-gathers the tokens, lets every rank compute what its slots are 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -99,10 +100,11 @@ def moe(
     tile: int,
     spread: bool,
     deterministic: bool,
+    residual: jax.Array,
     ffn: Callable[..., jax.Array] = expert_ffn,
     hopper: bool = False,
 ) -> jax.Array:
-    """The weighted sum of each row's experts, [T, H].
+    """The weighted sum of each row's experts, and `residual` [T, H], [T, H].
 
     x [T, H]; ids, weights [T, C], ids -1 for padding; gate_up [L, S, H, 2 I], down [L, S, I, H] of this rank's S slots
     in all layers with experts, of which this is number `layer`; table [E, R] of global slots, mesh position * S + slot.
@@ -123,11 +125,12 @@ def moe(
     if hopper:
         from moe_jax.kernels.hopper_ffn import hopper_ffn  # Pallas takes its time to import
 
-        return dispatch.reduce(hopper_ffn(everyone, slot, all_weights, gate_up, down, layer, 1 / dispatch.ranks))
+        run = partial(hopper_ffn, everyone, slot, all_weights, gate_up, down, layer, 1 / dispatch.ranks)
+        return run(residual=residual) if dispatch.ranks == 1 else residual + dispatch.reduce(run())
     y = ffn(everyone, slot, gate_up, down, layer, tile)
     if deterministic:
-        return weighted_sum(dispatch.reduce(y), weights)
-    return dispatch.reduce(weighted_sum(y, all_weights).astype(x.dtype))
+        return residual + weighted_sum(dispatch.reduce(y), weights)
+    return residual + dispatch.reduce(weighted_sum(y, all_weights).astype(x.dtype))
 
 
 def weighted_sum(y: jax.Array, weights: jax.Array) -> jax.Array:

@@ -45,7 +45,7 @@ def assign_rows(slot: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
     flat = jnp.pad(slot.reshape(-1), (0, chunks * chunk - pairs), constant_values=-1).reshape(chunks, chunk)
     earlier = jnp.tril(jnp.ones((chunk, chunk), bool), -1)
     rank = ((flat[:, :, None] == flat[:, None, :]) & earlier).sum(-1, dtype=jnp.int32)
-    counts = (flat[:, :, None] == jnp.arange(groups)).sum(1, dtype=jnp.int32)  # [chunks, groups]
+    counts = (flat[:, None] == jnp.arange(groups)[:, None]).sum(-1, dtype=jnp.int32)  # [chunks, groups]
     until = jnp.cumsum(counts, axis=0)
     sizes = until[-1]
     base = until - counts + _before(_over(sizes, ALIGN) * ALIGN)  # row of each chunk's first pair of each group
@@ -116,17 +116,23 @@ def permute(x: jax.Array, place: jax.Array, rows: int, *, interpret: Any = None)
     return _call(body, (rows, x.shape[1]), x.dtype, grid, interpret)(x, place)
 
 
-def combine(y: jax.Array, place: jax.Array, weights: jax.Array, *, interpret: Any = None) -> jax.Array:
-    """As the reference."""
+def combine(
+    y: jax.Array, place: jax.Array, weights: jax.Array, residual: jax.Array | None = None, *, interpret: Any = None
+) -> jax.Array:
+    """As the reference, plus residual [M, H]."""
     part = _part(y.shape[1])
     if part is None:
-        return combine_reference(y, place, weights)
+        out = combine_reference(y, place, weights)
+        return out if residual is None else residual + out
     size, each = part
     layout = plgpu.Layout.WG_STRIDED((size,), vec_size=each)
 
-    def body(y_g: Any, place_g: Any, weights_g: Any, out_g: Any) -> None:
+    def body(y_g: Any, place_g: Any, weights_g: Any, *rest: Any) -> None:
+        *residual_g, out_g = rest
         m, columns = jax.lax.axis_index("token"), pl.ds(jax.lax.axis_index("part") * size, size)
         total = jnp.zeros((size,), jnp.float32)
+        for x_g in residual_g:
+            total += plgpu.load(x_g.at[m, columns], layout=layout).astype(jnp.float32)
         at = [place_g[m, c] for c in range(place.shape[1])]
         read = [plgpu.load(y_g.at[jnp.maximum(a, 0), columns], layout=layout) for a in at]
         for c, (a, row) in enumerate(zip(at, read, strict=True)):
@@ -134,4 +140,5 @@ def combine(y: jax.Array, place: jax.Array, weights: jax.Array, *, interpret: An
         out_g[m, columns] = total.astype(y.dtype)
 
     grid = (place.shape[0], y.shape[1] // size)
-    return _call(body, (place.shape[0], y.shape[1]), y.dtype, grid, interpret)(y, place, weights.astype(jnp.float32))
+    arguments = y, place, weights.astype(jnp.float32), *(() if residual is None else (residual,))
+    return _call(body, (place.shape[0], y.shape[1]), y.dtype, grid, interpret)(*arguments)
