@@ -23,6 +23,9 @@ from moe_jax.scheduler import Sampled as HostSampled
 from moe_jax.scheduler import StepPlan
 
 
+_ALIGN = 64  # words: a field may be handed to a GPU's kernel where it lies, and such take 256 bytes
+
+
 @dataclass(frozen=True)
 class StepInput:
     """The fields on the device."""
@@ -73,12 +76,13 @@ class Layout:
         out, offset = {}, 0
         for name, shape in shapes.items():
             out[name] = (offset, shape)
-            offset += math.prod(shape)
+            offset += -(-math.prod(shape) // _ALIGN) * _ALIGN
         return out
 
     @cached_property
     def size(self) -> int:
-        return sum(math.prod(shape) for _, shape in self.fields.values())
+        offset, shape = self.fields["samples"]
+        return offset + math.prod(shape)
 
     def _cut(self, vector: Any) -> dict[str, Any]:
         """The fields of a numpy or JAX vector; views, with numpy."""

@@ -8,7 +8,7 @@ Which experts those are is the placement's business, and what a parameter is, `m
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,9 @@ from moe_jax.small import Call, direct, filled, set_row
 from moe_jax.tensor_file import CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointError", "convert", "load_params", "load_slots", "open_checkpoint", "param_types"]
+
+Prepare = Callable[[str, jax.Array], jax.Array]
+"""(name of an expert parameter, [..., in, out], donated) -> the same as an engine's programs want it."""
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _READERS = 4  # threads; each holds an expert
@@ -90,11 +93,13 @@ def load_params(
     dtype: Literal["float32", "bfloat16"],
     keep_expert_dtype: bool = True,
     call: Call = direct,
+    prepare: Prepare | None = None,
 ) -> dict[str, Any]:
     """A rank's parameters, shaped as `moe_jax.params.stacked_shapes` says, committed to `device`.
 
     slot_experts: int [MoE layers, slots], the expert in each slot of this rank; -1 leaves a slot empty, all zeros.
     dtype: of all but routers, which are float32, and, with `keep_expert_dtype`, experts that are bfloat16 on disk.
+    prepare: what becomes of a layer's experts on the device before they are put among the others.
     """
     if slot_experts.ndim != 2 or len(slot_experts) != checkpoint.config.num_moe_layers:
         expected = f"[{checkpoint.config.num_moe_layers}, slots]"
@@ -108,15 +113,13 @@ def load_params(
             experts = slot_experts[first_moe[path[1]] : first_moe[path[1]] + layers]
         *segment, name = path
         place = params["segments"][segment[1]] if segment else params
-        if isinstance(checkpoint, DummyCheckpoint):
-            array = checkpoint.draw(
-                path, param, np.arange(first, first + max(layers, 1)), experts, target, device, call
-            )
-            place[name] = array if layers else array[0]
-        elif layers:
-            rows = _layers(checkpoint, path, param, range(first, first + layers), experts, target)
-            shape = (layers, *(experts.shape[1:] if experts is not None else ()), *param.shape)
-            place[name] = _stack(rows, shape, target, device, call)
+        if layers:
+            rows = _layers(checkpoint, path, param, range(first, first + layers), experts, target, device, call)
+            if experts is not None and prepare is not None:
+                rows = (prepare(name, jax.device_put(row, device)) for row in rows)
+            place[name] = _stack(rows, layers, device, call)
+        elif isinstance(checkpoint, DummyCheckpoint):
+            place[name] = checkpoint.draw(path, param, 0, None, target, device, call)
         else:
             array = checkpoint.read(path, param, 0, None)
             place[name] = jax.device_put(array.astype(target, order="C", copy=False), device)
@@ -187,8 +190,14 @@ def _layers(
     layers: range,
     experts: np.ndarray | None,
     dtype: np.dtype,
-) -> Iterator[np.ndarray]:
+    device: jax.Device,
+    call: Call,
+) -> Iterator[np.ndarray | jax.Array]:
     """One parameter layer by layer. A yielded array holds until the next one is asked for."""
+    if isinstance(checkpoint, DummyCheckpoint):
+        for i, layer in enumerate(layers):
+            yield checkpoint.draw(path, param, layer, None if experts is None else experts[i], dtype, device, call)
+        return
     if experts is None:
         for layer in layers:
             yield checkpoint.read(path, param, layer, None).astype(dtype, order="C", copy=False)
@@ -204,12 +213,13 @@ def _layers(
             yield buffer
 
 
-def _stack(
-    rows: Iterator[np.ndarray], shape: tuple[int, ...], dtype: np.dtype, device: jax.Device, call: Call
-) -> jax.Array:
-    """Fill one device array row by row, in place, so that nothing bigger than a row is held besides."""
-    stack = call(filled, device, np.float32(0), shape=shape, dtype=dtype)
+def _stack(rows: Iterator[np.ndarray | jax.Array], count: int, device: jax.Device, call: Call) -> jax.Array:
+    """Fill one device array with so many rows, in place, so that nothing bigger than a row is held besides."""
+    stack: jax.Array | None = None
     for i, row in enumerate(rows):
+        if stack is None:
+            stack = call(filled, device, np.float32(0), shape=(count, *row.shape), dtype=row.dtype)
         # Waiting lets `rows` write its next row where this one was, and keeps rows from piling up.
         stack = call(set_row, device, stack, row, np.array([i], np.int32)).block_until_ready()
+    assert stack is not None
     return stack

@@ -368,6 +368,11 @@ class EngineConfig:
     def pages_per_sequence(self) -> int:
         return -(-self.max_model_len // self.page_size)
 
+    @property
+    def max_score_rows(self) -> int:
+        """Tokens scored in one step: each gives a row as long as the vocabulary."""
+        return min(self.max_prefill_rows, 512)
+
     def slots_for(self, num_experts: int) -> int:
         """Slots per layer and rank."""
         fewest = -(-num_experts * self.replication // self.ranks)
@@ -385,12 +390,11 @@ class EngineConfig:
         decode = [self.row_tile]
         while decode[-1] < self.max_batch:
             decode.append(min(2 * decode[-1], self.max_batch))
-        prefill = {
-            self.max_batch + min(self.max_prefill_rows, 2 * self.row_tile),
-            self.max_batch + self.max_prefill_rows,
-        }
-        score = Bucket(max(prefill), True, score=True)
-        return (*(Bucket(r, False) for r in decode), *(Bucket(r, True) for r in sorted(prefill)), score)
+        prefill = [min(self.max_prefill_rows, 2 * self.row_tile)]
+        while prefill[-1] < self.max_prefill_rows:
+            prefill.append(min(4 * prefill[-1], self.max_prefill_rows))
+        score = Bucket(self.max_batch + self.max_score_rows, True, score=True)
+        return (*(Bucket(r, False) for r in decode), *(Bucket(self.max_batch + r, True) for r in prefill), score)
 
     def bucket_for(self, rows: int, prefill: bool) -> "Bucket":
         """The first that holds so many rows, or the largest of its kind."""

@@ -12,8 +12,10 @@ import os
 import re
 import socket
 import struct
+import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -122,19 +124,38 @@ def program_flags(kind: str) -> tuple[str, ...]:
     return tuple(sorted(names | set(_missing_cpu_flags(flags) if kind == "cpu" else ())))
 
 
-def serialize_program(lowered: jax.stages.Lowered, deterministic: bool) -> bytes:
-    """Compile, as bytes. deterministic: without tuning, by which the same product may be computed in one way in this
-    process and in another in the next. Never from JAX's own cache: on CPU a program from there has lost its code once
-    serialised again (seen in 0.10.2)."""
-    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # or what it was when it was first looked at would hold
+_uncached = threading.Lock(), Counter[str]()  # programs that are being compiled, by any thread
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """JAX's own cache of compiled programs is off as long as anybody is inside."""
+    lock, inside = _uncached
+    with lock:
+        if not inside["threads"]:
+            inside["enabled"] = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+            jax.config.update("jax_enable_compilation_cache", False)
+            compilation_cache.reset_cache()  # or what it was when it was first looked at would hold
+        inside["threads"] += 1
     try:
-        options: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"} if deterministic else {}
-        executable = lowered.compile(options)._executable.xla_executable  # type: ignore[attr-defined]
+        yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
+        with lock:
+            inside["threads"] -= 1
+            if not inside["threads"]:
+                jax.config.update("jax_enable_compilation_cache", bool(inside["enabled"]))
+                compilation_cache.reset_cache()
+
+
+def serialize_program(
+    lowered: jax.stages.Lowered, deterministic: bool, options: Mapping[str, str | bool] | None = None
+) -> bytes:
+    """Compile, as bytes; by several threads at once if they like. deterministic: without tuning, by which the same
+    product may be computed in one way in this process and in another in the next. Never from JAX's own cache: on CPU a
+    program from there has lost its code once serialised again (seen in 0.10.2)."""
+    with _without_cache():
+        options = {"xla_gpu_autotune_level": "0"} if deterministic else dict(options or {})
+        executable = lowered.compile(options)._executable.xla_executable  # type: ignore[attr-defined]
     backend = xla_bridge.get_backend()
     if hasattr(backend, "serialize_executable"):
         return backend.serialize_executable(executable)
@@ -217,7 +238,9 @@ def shield_collectives(service_address: str) -> None:
         return
     for s in _gloo_sockets(service_address):
         with contextlib.suppress(OSError):
-            s.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_FILTER), ctypes.addressof(_NO_GOODBYE)))
+            s.setsockopt(
+                socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_FILTER), ctypes.addressof(_NO_GOODBYE))
+            )
             s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
 
 

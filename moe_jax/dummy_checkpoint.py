@@ -25,9 +25,9 @@ class DummyCheckpoint:
         self._seed = seed
 
     def read(self, path: tuple[Any, ...], param: Param, layer: int, expert: int | None) -> np.ndarray:
-        experts = None if expert is None else np.full((1, 1), expert)
+        experts = None if expert is None else np.array([expert])
         device = jax.local_devices()[0]
-        array = self.draw(path, param, np.array([layer]), experts, self.dtype(path, param, layer), device)
+        array = self.draw(path, param, layer, experts, self.dtype(path, param, layer), device)
         return np.asarray(array).reshape(param.shape)
 
     def dtype(self, path: tuple[Any, ...], param: Param, layer: int) -> np.dtype:
@@ -37,17 +37,16 @@ class DummyCheckpoint:
         self,
         path: tuple[Any, ...],
         param: Param,
-        layers: np.ndarray,
+        layer: int,
         experts: np.ndarray | None,
         dtype: np.dtype,
         device: jax.Device,
         call: Call = direct,
     ) -> jax.Array:
-        """dtype [layers, *shape]; with `experts` (int [layers, slots], -1: empty) dtype [layers, slots, *shape]."""
-        slots = experts.shape[1] if experts is not None else 1
-        owners = np.zeros_like(layers) if experts is None else experts.ravel()
-        numbers = np.stack([np.repeat(layers, slots), owners], axis=1)
-        leading = layers.shape if experts is None else experts.shape
+        """dtype [*shape]; with `experts` (int [slots], -1: empty) dtype [slots, *shape]."""
+        leading = () if experts is None else experts.shape
+        owners = np.zeros(1, int) if experts is None else experts
+        numbers = np.stack([np.full_like(owners, layer), owners], axis=1)
         mean, deviation = _spread(path[-1], param)
         if deviation == 0:
             return jax.device_put(np.full((*leading, *param.shape), mean, dtype), device)

@@ -93,11 +93,9 @@ class Engine:
         self.layouts = {bucket: Layout(bucket, config) for bucket in self.buckets}
         call = programs.call
         self.params = [
-            load_params(checkpoint, slots[:, i], device, config.dtype, call=call) for i, device in enumerate(devices)
+            load_params(checkpoint, slots[:, i], device, config.dtype, call=call, prepare=programs.prepare)
+            for i, device in enumerate(devices)
         ]
-        for params in self.params:
-            for segment in params["segments"]:
-                segment |= {n: programs.prepare(n, a) for n, a in segment.items() if n.startswith("experts_")}
         dtype = jnp.dtype(config.dtype)
         self.cache = {
             name: self.own.assemble(
@@ -253,7 +251,7 @@ class Engine:
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk: found {chunk}, expected at least 1")
         request = Request("score", tuple(token_ids), SamplingParams())
-        job = ScoreJob(Tokens(request, list(token_ids)), min(chunk or len(token_ids), self.config.max_prefill_rows))
+        job = ScoreJob(Tokens(request, list(token_ids)), min(chunk or len(token_ids), self.config.max_score_rows))
         self.ranks[rank].scores.append(job)
         return job
 
@@ -392,6 +390,10 @@ class Engine:
     def warm_up(self) -> None:
         """Run every program on nothing. All ranks of the mesh must do it at the same time."""
         assert self.mesh is not None, "no epoch has been entered"
+        if self.programs.kind != "cpu":
+            wanted = [(Program("step", bucket, self.mesh.size), self.mesh.devices) for bucket in self.buckets]
+            wanted += [(Program("write", bucket, self.own.size), self.own.devices) for bucket in self.buckets]
+            self.programs.load_all(wanted)
         for bucket in self.buckets:
             vectors = [self.layouts[bucket].pack(StepPlan())[None] for _ in self.ranks]
             out, _, new, _ = self._run(bucket, self._none, self.mesh.put(vectors, SHARDED))

@@ -7,7 +7,9 @@ A program is compiled for a number of ranks, by any process that has so many dev
 the devices of a mesh, which takes milliseconds. Changing the mesh compiles nothing.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +32,7 @@ from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs
 from moe_jax.model import Run, forward, logits
 from moe_jax.moe import AXIS, Dispatch, count_choices
 from moe_jax.params import stacked_shapes
-from moe_jax.sampling import log_softmax, log_sum_exp, sample
+from moe_jax.sampling import log_softmax, log_sum_exp, sample, sample_fast
 
 
 class CompileCounter:
@@ -164,6 +166,11 @@ class Executables:
             self._loaded[at] = load_program(raw, devices)
         return self._loaded[at]
 
+    def load_all(self, wanted: Sequence[tuple[Program, Sequence[jax.Device]]]) -> None:
+        """Load programs side by side: compiling them one after the other takes minutes for a GPU."""
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(lambda each: self.load(*each), wanted))
+
     def keep_only(self, *meshes: Sequence[jax.Device]) -> None:
         """Forget what was loaded for other meshes."""
         ids = {tuple(d.id for d in mesh) for mesh in meshes}
@@ -176,7 +183,10 @@ class Executables:
         assert mesh.size == program.ranks, (program, devices)
         build = {"step": self.step, "write": self.write, "connect": self.connect}[program.kind]
         lowered = build(program.bucket, mesh).lower(*self.arguments(program, mesh))
-        raw = serialize_program(lowered, self.engine.deterministic)
+        options = None
+        if self.engine.kernels == "hopper":
+            from moe_jax.hopper import OPTIONS as options
+        raw = serialize_program(lowered, self.engine.deterministic, options)
         self.store.put(self.key(program), raw)
         return raw
 
@@ -262,10 +272,14 @@ class Executables:
             x, new, chosen = forward(run, params, table, cache, token, b.position, b.entries, b.page >= 0)
             if bucket.score:
                 scores = logits(run, params, x, b.entries.num_tiles * engine.row_tile)
-                return agree(b.wish, x)[None], last, new, chosen, log_softmax(scores)[None]
+                scores = log_softmax(scores) if run.ordered else jax.nn.log_softmax(scores)
+                return agree(b.wish, x)[None], last, new, chosen, scores[None]
             scores = logits(run, params, x[b.sample_row], b.num_sampled)
-            reduce = partial(native.log_sum_exp, rows=b.num_sampled) if run.kernels == "native" else log_sum_exp
-            sampled = sample(scores, b.sampling, b.want_top, reduce)
+            if run.ordered:
+                reduce = partial(native.log_sum_exp, rows=b.num_sampled) if run.kernels == "native" else log_sum_exp
+                sampled = sample(scores, b.sampling, b.want_top, reduce)
+            else:
+                sampled = sample_fast(scores, b.sampling, b.want_top)
             tokens = jnp.pad(sampled.token, (0, engine.max_batch - len(sampled.token)))
             out = pack_output(agree(b.wish, x), sampled)
             return out[None], tokens[None], new, chosen, scores[None] if engine.return_logits else None
@@ -275,7 +289,11 @@ class Executables:
     def write(self, bucket: Bucket, mesh: ExpertMesh) -> Any:
         """(cache, counts [layers, ranks, experts], new K/V rows, chosen experts, batch) -> (cache, counts). What is
         written to is donated."""
-        layout, native_kernels = Layout(bucket, self.engine), self.engine.kernels == "native"
+        layout, put = Layout(bucket, self.engine), {"native": native.write}.get(self.engine.kernels, attention.write)
+        if self.engine.kernels == "hopper":
+            from moe_jax import hopper
+
+            put = hopper.write
 
         @partial(jax.jit, donate_argnums=(0, 1), keep_unused=True)
         @partial(
@@ -289,8 +307,7 @@ class Executables:
             cache: attention.Cache, counts: jax.Array, new: attention.Cache, chosen: jax.Array, batch: jax.Array
         ) -> tuple[attention.Cache, jax.Array]:
             b = layout.unpack(batch[0])
-            written = (native if native_kernels else attention).write(cache, new, b.position, b.page)
-            return written, count_choices(counts[:, 0], chosen)[:, None]
+            return put(cache, new, b.position, b.page), count_choices(counts[:, 0], chosen)[:, None]
 
         return write
 
@@ -304,7 +321,6 @@ class Executables:
 def choose(kernels: str, kind: str, refused: str | None = None) -> Any:
     """What EngineConfig.kernels comes to on a device of this kind. refused: why not Hopper's (`hopper.refusal`).
 
-    Hopper's kernels have run on an H200 one by one, but not yet in the engine, so they are to be asked for.
     Raises ConfigError where there is no such thing.
     """
     if kernels == "native" and (kind != "cpu" or not native.available()):
@@ -313,7 +329,9 @@ def choose(kernels: str, kind: str, refused: str | None = None) -> Any:
         raise ConfigError(f"kernels: found hopper with {refused}; try auto or xla")
     if kernels != "auto":
         return kernels
-    return "native" if kind == "cpu" and native.available() else "xla"
+    if kind == "cpu":
+        return "native" if native.available() else "xla"
+    return "xla" if refused else "hopper"
 
 
 def _pair(x: Any) -> bool:

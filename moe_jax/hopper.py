@@ -17,6 +17,8 @@ from moe_jax.kernels.grouped_gemm import block_rows, to_blocks
 from moe_jax.kernels.paged_attention import LOG2E, PAGE, ROWS, Queries, choose_splits, merge, paged_attention
 from moe_jax.small import Call
 
+# A layer's weights are cut out of their stack by XLA's fusions around cuBLAS; for Triton's products they are copied.
+OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 GPUS = ("H100", "H200", "H800", "H20", "GH200")  # in the name of the device
 
 
@@ -65,10 +67,35 @@ def finite(new: Cache) -> Cache:
     return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), new)
 
 
+def write(cache: Cache, new: Cache, position: jax.Array, page: jax.Array) -> Cache:
+    """As `attention.write`. Caches are taken as arrays of lines, and updates go to the first axes: of other scatters XLA
+    turns the whole operand around, and back."""
+    k, v = cache["k"], cache.get("v")
+    layers, pages, kv_heads, key_dim, page_size = k.shape
+    offset = position % page_size
+    first = jnp.arange(layers, dtype=jnp.int32)[:, None] * pages + page
+    first = jnp.where(page < 0, layers * pages, first)[:, None]  # out of bounds: dropped
+    head = first * kv_heads + jnp.arange(kv_heads, dtype=jnp.int32)[:, None]  # [layers, kv_heads, rows]
+    line = head[:, :, None] * key_dim + jnp.arange(key_dim, dtype=jnp.int32)[:, None]
+    values = new["k"].transpose(0, 2, 3, 1)  # positions last, so that neighbours write neighbours
+    lines = k.reshape(-1, page_size).at[line, jnp.broadcast_to(offset, line.shape)]
+    written = {"k": lines.set(values, mode="drop", unique_indices=True).reshape(k.shape)}
+    if v is not None:
+        lines = v.reshape(-1, v.shape[-1]).at[head * page_size + offset]
+        written["v"] = lines.set(new["v"].swapaxes(1, 2), mode="drop", unique_indices=True).reshape(v.shape)
+    return written
+
+
 def _padded_groups(groups: int, tokens: int) -> int:
     """Query heads of a kv head, padded so that an item's rows are a multiple of 8, from 64 on of 64."""
     fits = (g for g in range(groups, groups + ROWS) if tokens * g % (8 if tokens * g <= ROWS else ROWS) == 0)
     return next(fits)
+
+
+def decode_items(position: jax.Array, e: Entries) -> Queries:
+    """Decode rows, which are entries of the same numbers."""
+    i = jnp.arange(min(position.shape[0], e.tables.shape[0]), dtype=jnp.int32)
+    return Queries(i, jnp.where(i < e.num_decode, position[: i.size], 0), i, i)
 
 
 def attend(
@@ -76,13 +103,13 @@ def attend(
     new: Cache,
     cache: Cache,
     layer: jax.Array,
-    position: jax.Array,
+    items: Queries,
     e: Entries,
     value_dim: int,
     row_tile: int,
     prefill: bool,
 ) -> jax.Array:
-    """As `attention.attend`, up to rounding. `new` must be finite."""
+    """As `attention.attend`, up to rounding. `new` must be finite, items are `decode_items`."""
     rows, heads, key_dim = q.shape
     kv_heads = cache["k"].shape[2]
     groups = heads // kv_heads
@@ -107,10 +134,7 @@ def attend(
 
         return by_row(out), by_row(lse)
 
-    # Decode rows are entries of the same numbers.
-    n = min(rows, e.tables.shape[0])
-    i = jnp.arange(n, dtype=jnp.int32)
-    items = Queries(i, jnp.where(i < e.num_decode, position[:n], 0), i, i)
+    n = items.entry.shape[0]
     blocks = kv_heads * -(-_padded_groups(groups, 1) // ROWS)
     out, lse = see(grouped[:n, None], 1, items, None, None, choose_splits(n, blocks, e.tables.shape[1]))
     if prefill:

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moe_jax.config import EngineConfig, ModelConfig
+from moe_jax.config import ConfigError, EngineConfig, ModelConfig
+from moe_jax.memory import pages_that_fit, position_bytes
 from moe_jax.request import CompletionOutput, Request, RequestOutput, SamplingParams, TokenEvent
 from moe_jax.scheduler import QueueFull
 from moe_jax.text import Detokenizer, Tokenizer
@@ -97,8 +98,14 @@ def model_directory(model: str | os.PathLike[str]) -> Path:
     return Path(__file__).parent / "demo" if model == "demo" else Path(model)
 
 
-def engine_config(model: ModelConfig, ranks: int, platform: str, **options: Any) -> EngineConfig:
-    """Options of `LLM` as an EngineConfig, with defaults that fit the model and the platform ("cpu" or "gpu")."""
+def engine_config(
+    model: ModelConfig, ranks: int, platform: str, memory: int | None = None, **options: Any
+) -> EngineConfig:
+    """Options of `LLM` as an EngineConfig, with defaults that fit the model and the platform ("cpu" or "gpu").
+
+    memory: bytes that JAX has on each device, where that is known; pages that were not asked for then take what weights
+    and workspace leave.
+    """
     known = {k: v for k, v in options.items() if v is not None}
     on_cpu = platform == "cpu"
     known.setdefault("max_model_len", min(model.max_position, 4096))
@@ -108,7 +115,19 @@ def engine_config(model: ModelConfig, ranks: int, platform: str, **options: Any)
         )
     known.setdefault("dtype", "float32" if on_cpu else "bfloat16")
     known.setdefault("deterministic", on_cpu)
+    if memory is not None:
+        known.setdefault("max_batch", 256)
+        known.setdefault("max_prefill_rows", 8192)
     config = EngineConfig(ranks=ranks, **known)
+    if memory is not None:
+        fit = pages_that_fit(model, config, memory)
+        known.setdefault("num_pages", min(fit, config.max_batch * config.pages_per_sequence))
+        config = replace(config, num_pages=known["num_pages"])
+        if config.num_pages > fit:
+            raise ConfigError(
+                f"num_pages: found {config.num_pages}, expected at most {fit}: the device has room for so many pages of "
+                f"{config.page_size * position_bytes(model, config)} bytes beside weights and workspace"
+            )
     if "num_pages" not in known:
         each = -(-min(config.max_model_len, 1024) // config.page_size)
         config = replace(config, num_pages=max(config.pages_per_sequence, config.max_batch * each))

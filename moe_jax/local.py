@@ -47,7 +47,9 @@ class LocalBackend:
                 f"ranks_per_host: found {ranks}, expected at most this process's {len(jax.devices())} devices "
                 "(on CPU more can be had only before JAX is first used)"
             )
-        config = engine_config(checkpoint.config, ranks, jax.devices()[0].platform, **options)
+        device = jax.devices()[0]
+        memory = (device.memory_stats() or {}).get("bytes_limit")
+        config = engine_config(checkpoint.config, ranks, device.platform, memory, **options)
         self.model, self.config = checkpoint.config, config
         self.engine: Engine | None = local_engine(checkpoint, config, jax.devices()[:ranks], store)
         self.engine.warm_up()

@@ -17,7 +17,7 @@ from moe_jax.attention import Cache, Entries, attend, attend_gathered
 from moe_jax.config import ModelConfig, Rope
 from moe_jax.kernels import native
 from moe_jax.kernels.expert_ffn import expert_ffn, expert_ffn_reference
-from moe_jax.moe import Dispatch, moe, route, router_logits
+from moe_jax.moe import Dispatch, moe, route, router_logits, router_parts
 from moe_jax.reduce import ordered_sum
 from moe_jax.tiles import map_tiles
 
@@ -47,6 +47,11 @@ class Run:
         return self.row_tile if self.deterministic and self.kernels != "native" and not self.straight else None
 
     @property
+    def ordered(self) -> bool:
+        """Whether sums go in a fixed order, see `reduce`. On a GPU that takes several kernels in place of one."""
+        return self.deterministic or not self.straight
+
+    @property
     def ffn(self) -> Any:
         """As expert_ffn."""
         versions = {"native": native.expert_ffn, "xla": expert_ffn_reference if self.straight else expert_ffn}
@@ -56,10 +61,11 @@ class Run:
         return map_tiles(f, self.tile, count, *rows)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, ordered: bool = True) -> jax.Array:
     """Over the last axis, in float32 (Zhang and Sennrich 2019)."""
     f = x.astype(jnp.float32)
-    return (f * lax.rsqrt(ordered_sum(f * f, -1)[..., None] / f.shape[-1] + eps)).astype(x.dtype) * weight
+    total = ordered_sum(f * f, -1) if ordered else (f * f).sum(-1)
+    return (f * lax.rsqrt(total[..., None] / f.shape[-1] + eps)).astype(x.dtype) * weight
 
 
 def rotary(position: jax.Array, rope: Rope) -> Turn:
@@ -87,16 +93,20 @@ class Layer:
     index: jax.Array  # of the layer in the segment
     rows: jax.Array  # [] int32: the step's rows that are in use
 
+    def norm(self, x: jax.Array, name: str, eps: float | None = None) -> jax.Array:
+        eps = self.run.model.rms_norm_eps if eps is None else eps
+        return rms_norm(x, self.params[name], eps, self.run.ordered)
+
     def dense(
         self, x: jax.Array, name: str, norm: str | None = None, eps: float | None = None, residual: Any = None
     ) -> jax.Array:
         """rms_norm(x) @ weights + bias + residual, [n, out] of x [n, in]; without `norm`, x as it is."""
-        eps, bias = self.run.model.rms_norm_eps if eps is None else eps, f"{name}_bias"
+        bias = f"{name}_bias"
         if self.run.kernels == "native":
-            s = self.stacks
+            s, eps = self.stacks, self.run.model.rms_norm_eps if eps is None else eps
             weight = None if norm is None else s[norm]
             return native.dense(x, s[name], self.index, self.rows, weight, eps, s.get(bias), residual)
-        h = x if norm is None else rms_norm(x, self.params[norm], eps)
+        h = x if norm is None else self.norm(x, norm, eps)
         y = h @ self.params[name] + self.params.get(bias, 0)
         return y if residual is None else residual + y
 
@@ -106,7 +116,7 @@ class Layer:
         if self.run.kernels == "native":
             s = self.stacks
             return native.route(x, s["mlp_norm"], s["router"], s.get("router_bias"), self.index, self.rows, c)
-        h = rms_norm(x, self.params["mlp_norm"], c.rms_norm_eps)
+        h = self.norm(x, "mlp_norm")
         return h, *route(c, router_logits(h, self.params["router"]), self.params.get("router_bias"))
 
     def by_head(self, x: jax.Array, name: str) -> jax.Array:
@@ -130,16 +140,13 @@ def project(p: Layer, x: jax.Array, turn: Turn) -> tuple[jax.Array, Cache]:
         return q, {"k": k, "v": v}
     q, k, v = jnp.split(h, [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim], axis=-1)
 
-    def norm(a: jax.Array, name: str) -> jax.Array:
-        return rms_norm(a, p.params[name], c.rms_norm_eps)
-
     if c.qk_norm == "full":
-        q, k = norm(q, "q_norm"), norm(k, "k_norm")
+        q, k = p.norm(q, "q_norm"), p.norm(k, "k_norm")
     if c.clip_qkv is not None:
         q, k, v = (jnp.clip(a, -c.clip_qkv, c.clip_qkv) for a in (q, k, v))
     q, k, v = (a.reshape(n, -1, c.head_dim) for a in (q, k, v))
     if c.qk_norm == "head":
-        q, k = norm(q, "q_norm"), norm(k, "k_norm")
+        q, k = p.norm(q, "q_norm"), p.norm(k, "k_norm")
     return rotate(q, turn, c.rope) * c.attention_scale, {"k": rotate(k, turn, c.rope), "v": v}
 
 
@@ -153,7 +160,7 @@ def project_latent(p: Layer, x: jax.Array, turn: Turn) -> tuple[jax.Array, Cache
         q = p.dense(p.dense(x, "q_a", "attn_norm"), "q_b", "q_a_norm", m.norm_eps)
     q = q.reshape(n, c.num_heads, c.head_dim)
     latent, k_rope = jnp.split(p.dense(x, "kv_a", "attn_norm"), [m.kv_rank], axis=-1)
-    latent = rms_norm(latent, p.params["kv_a_norm"], m.norm_eps)
+    latent = p.norm(latent, "kv_a_norm", m.norm_eps)
     q_latent = p.by_head(q[..., : m.nope_dim], "k_up")
     q_rope = rotate(q[..., m.nope_dim :], turn, c.rope)
     k = jnp.concatenate([latent[:, None], rotate(k_rope[:, None], turn, c.rope)], axis=-1)
@@ -171,10 +178,11 @@ def layer(
     position: jax.Array,
     turn: Turn,
     real: jax.Array,
+    decode_items: Any,
 ) -> tuple[jax.Array, Cache, jax.Array]:
     """One layer over the rows x [T, H]; real [T] tells rows from padding. `index` counts the model's layers, p.index
-    the segment's. experts and table are the segment's. Returns x, the layer's new keys and values, and the experts that
-    each row chose [T, top_k], -1 for padding; [T, 0] without experts."""
+    the segment's. experts and table are the segment's; decode_items are hopper's, if it is used. Returns x, the layer's
+    new keys and values, and the experts that each row chose [T, top_k], -1 for padding; [T, 0] without experts."""
     run, c = p.run, p.run.model
     qkv = project_latent if c.latent else project
     q, new = run.tiles(partial(qkv, p), e.num_tiles, x, turn)
@@ -185,7 +193,7 @@ def layer(
         from moe_jax import hopper
 
         new = hopper.finite(new)
-        a = hopper.attend(q, new, cache, index, position, e, value_dim, run.row_tile, run.prefill)
+        a = hopper.attend(q, new, cache, index, decode_items, e, value_dim, run.row_tile, run.prefill)
     elif run.straight:
         a = attend_gathered(q, new, cache, index, position, e, value_dim, run.row_tile, run.prefill)
     else:
@@ -205,7 +213,7 @@ def layer(
         return after, new, jnp.zeros((x.shape[0], 0), jnp.int32)
     x, h, ids, weights = after
     ids = jnp.where(real[:, None], ids, -1)
-    y = moe(
+    x = moe(
         h,
         ids,
         weights,
@@ -218,9 +226,10 @@ def layer(
         spread=run.prefill,
         ffn=run.ffn,
         deterministic=run.deterministic,
+        residual=x,
         hopper=run.kernels == "hopper",
     )
-    return x + y, new, ids
+    return x, new, ids
 
 
 def forward(
@@ -239,28 +248,34 @@ def forward(
     x = params["embed"][token].astype(run.dtype)
     turn = rotary(position, run.model.rope)
     rows = e.num_tiles * run.row_tile
-    news, chosen, first_moe = [], [], 0
+    news, chosen, first_moe, decode_items = [], [], 0, None
+    if run.kernels == "hopper":
+        from moe_jax import hopper
+
+        decode_items = hopper.decode_items(position, e)
     for p, (has_experts, first, layers) in zip(params["segments"], run.model.segments, strict=True):
         # Expert weights are cut out of their stack where they are used: scanned, every slot would be copied.
         experts = {name: a for name, a in p.items() if name.startswith("experts_")} if has_experts else None
         rest = {name: a for name, a in p.items() if not name.startswith("experts_")}
+        if has_experts and run.dtype == jnp.bfloat16 and run.kernels != "native":
+            rest["router"] = router_parts(rest["router"])  # here, or it would be done for each layer on its own
         tables = table[first_moe : first_moe + layers]
         first_moe += layers * has_experts
 
         def body(
-            x: jax.Array,
-            scanned: Any,
+            carry: tuple[jax.Array, jax.Array],
+            params: Params,
             experts: Any = experts,
             rest: Params = rest,
             tables: jax.Array = tables,
             first: int = first,
         ) -> Any:
-            params, within = scanned
+            x, within = carry
             p = Layer(run, params, rest, within, rows)
-            x, new, ids = layer(p, experts, tables, x, first + within, cache, e, position, turn, real)
-            return x, (new, ids)
+            x, new, ids = layer(p, experts, tables, x, first + within, cache, e, position, turn, real, decode_items)
+            return (x, within + 1), (new, ids)
 
-        x, (new, ids) = lax.scan(body, x, (rest, jnp.arange(layers)))
+        (x, _), (new, ids) = lax.scan(body, (x, jnp.int32(0)), rest)
         news.append(new)
         chosen += [ids] * has_experts
     return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *news), jnp.concatenate(chosen)
@@ -274,7 +289,7 @@ def logits(run: Run, params: Params, x: jax.Array, count: jax.Array) -> jax.Arra
         return native.dense(x, head, jnp.int32(0), count, norm, eps, dtype=jnp.float32)
 
     def project(x: jax.Array) -> jax.Array:
-        h = rms_norm(x, params["final_norm"], eps)
+        h = rms_norm(x, params["final_norm"], eps, run.ordered)
         return jnp.dot(h, params["lm_head"], preferred_element_type=jnp.float32)
 
     return run.tiles(project, (count + run.row_tile - 1) // run.row_tile, x)

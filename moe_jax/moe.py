@@ -6,6 +6,7 @@ the one here all-gathers the tokens, lets every rank compute what its slots are 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +18,22 @@ from moe_jax.kernels.expert_ffn import expert_ffn
 AXIS = "expert"
 
 
-def router_logits(h: jax.Array, router: jax.Array) -> jax.Array:
-    """h @ router in float32. bfloat16 rows meet the router as the sum of three bfloat16 matrices, which hold all its
-    bits: products are exact, as in float32, and a GPU's matrix units take a tenth of the time of its float32 units."""
-    if h.dtype != jnp.bfloat16:
-        return jnp.dot(h.astype(jnp.float32), router, precision="highest")
+def router_parts(router: jax.Array) -> jax.Array:
+    """float32 [..., H, E] as the sum of three bfloat16 matrices, which hold all its bits, side by side."""
     parts, rest = [], router
     for _ in range(3):
         parts.append(rest.astype(jnp.bfloat16))
         # Without the barrier XLA would take the rounding for an identity (its excess precision).
         rest = rest - lax.optimization_barrier(parts[-1]).astype(jnp.float32)
-    each = jnp.dot(h, jnp.concatenate(parts, axis=1), preferred_element_type=jnp.float32)
+    return jnp.concatenate(parts, axis=-1)
+
+
+def router_logits(h: jax.Array, router: jax.Array) -> jax.Array:
+    """h @ router in float32. bfloat16 rows meet `router_parts`: products are exact, as in float32, and a GPU's matrix
+    units take a tenth of the time of its float32 units."""
+    if h.dtype != jnp.bfloat16:
+        return jnp.dot(h.astype(jnp.float32), router, precision="highest")
+    each = jnp.dot(h, router, preferred_element_type=jnp.float32)
     high, middle, low = jnp.split(each, 3, axis=1)
     return low + middle + high
 
@@ -103,10 +109,11 @@ def moe(
     tile: int,
     spread: bool,
     deterministic: bool,
+    residual: jax.Array,
     ffn: Callable[..., jax.Array] = expert_ffn,
     hopper: bool = False,
 ) -> jax.Array:
-    """The weighted sum of each row's experts, [T, H].
+    """The weighted sum of each row's experts, and `residual` [T, H], [T, H].
 
     x [T, H]; ids, weights [T, C], ids -1 for padding; gate_up [L, S, H, 2 I], down [L, S, I, H] of this rank's S slots
     in all layers with experts, of which this is number `layer`; table [E, R] of global slots, mesh position * S + slot.
@@ -127,11 +134,12 @@ def moe(
     if hopper:
         from moe_jax.kernels.hopper_ffn import hopper_ffn  # Pallas takes its time to import
 
-        return dispatch.reduce(hopper_ffn(everyone, slot, all_weights, gate_up, down, layer, 1 / dispatch.ranks))
+        run = partial(hopper_ffn, everyone, slot, all_weights, gate_up, down, layer, 1 / dispatch.ranks)
+        return run(residual=residual) if dispatch.ranks == 1 else residual + dispatch.reduce(run())
     y = ffn(everyone, slot, gate_up, down, layer, tile)
     if deterministic:
-        return weighted_sum(dispatch.reduce(y), weights)
-    return dispatch.reduce(weighted_sum(y, all_weights).astype(x.dtype))
+        return residual + weighted_sum(dispatch.reduce(y), weights)
+    return residual + dispatch.reduce(weighted_sum(y, all_weights).astype(x.dtype))
 
 
 def weighted_sum(y: jax.Array, weights: jax.Array) -> jax.Array:

@@ -117,23 +117,59 @@ def sample(
 ) -> Sampled:
     """logits [S, V] float32; want_top: whether any row asked for its best tokens (zeros if not: they are costly).
     reduce: a version of `log_sum_exp`."""
-    random = (p.temperature > 0).any()
-    restricted = ((p.top_k > 0) | (p.top_p < 1)).any()
+    random, restricted = (p.temperature > 0).any(), _restricted(p).any()
 
     def draw() -> jax.Array:
-        scaled = logits / jnp.where(p.temperature > 0, p.temperature, 1)[:, None]
+        scaled = _scaled(logits, p)
         scaled = lax.cond(restricted, lambda x: restrict(x, p.top_k, p.top_p), lambda x: x, scaled)
-        noisy = scaled + gumbel(p.seed, p.position, logits.shape[1])
-        return row_argmax(jnp.where((p.temperature > 0)[:, None], noisy, logits))
+        return row_argmax(_noisy(logits, scaled, p))
 
     greedy, total = reduce(logits)
     token = lax.cond(random, draw, lambda: greedy)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - total
+    top = lax.cond(want_top, lambda: _best(logits, total), lambda: _no_best(logits))
+    return Sampled(token, _chosen(logits, token, total), *top)
+
+
+def sample_fast(logits: jax.Array, p: SampleParams, want_top: jax.Array) -> Sampled:
+    """The same, up to rounding: sums in any order, and only one branch, because on a GPU the host waits at each."""
+    total = jax.nn.logsumexp(logits, axis=-1)
+    costly = _restricted(p).any() | want_top
+
+    def token(scaled: jax.Array) -> jax.Array:
+        return jnp.argmax(_noisy(logits, scaled, p), axis=-1).astype(jnp.int32)
+
+    token, *top = lax.cond(
+        costly,
+        lambda: (token(restrict(_scaled(logits, p), p.top_k, p.top_p)), *_best(logits, total)),
+        lambda: (token(_scaled(logits, p)), *_no_best(logits)),
+    )
+    return Sampled(token, _chosen(logits, token, total), *top)
+
+
+def _restricted(p: SampleParams) -> jax.Array:
+    """Whether top-k or top-p decide about a row. Not about greedy ones, nor about padding, which is all zeros."""
+    return ((p.top_k > 0) | (p.top_p < 1)) & (p.temperature > 0)
+
+
+def _scaled(logits: jax.Array, p: SampleParams) -> jax.Array:
+    return logits / jnp.where(p.temperature > 0, p.temperature, 1)[:, None]
+
+
+def _noisy(logits: jax.Array, scaled: jax.Array, p: SampleParams) -> jax.Array:
+    """What the sampled token is the greatest of; greedy rows have no noise."""
+    noisy = scaled + gumbel(p.seed, p.position, logits.shape[1])
+    return jnp.where((p.temperature > 0)[:, None], noisy, logits)
+
+
+def _chosen(logits: jax.Array, token: jax.Array, total: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - total
+
+
+def _best(logits: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values, ids = lax.top_k(logits, MAX_LOGPROBS)
+    return ids.astype(jnp.int32), values - total[:, None]
+
+
+def _no_best(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     none = jnp.zeros((logits.shape[0], MAX_LOGPROBS))
-
-    def best() -> tuple[jax.Array, jax.Array]:
-        values, ids = lax.top_k(logits, MAX_LOGPROBS)
-        return ids.astype(jnp.int32), values - total[:, None]
-
-    top = lax.cond(want_top, best, lambda: (none.astype(jnp.int32), none))
-    return Sampled(token, chosen, *top)
+    return none.astype(jnp.int32), none

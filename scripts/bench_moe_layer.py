@@ -18,7 +18,7 @@ from moe_jax.config import parse_hugging_face
 from moe_jax.kernels import hopper_ffn as ffn
 from moe_jax.kernels.grouped_gemm import grouped_gemm, to_blocks
 from moe_jax.kernels.routing import assign_rows, cut_tiles, padded_rows, permute
-from moe_jax.moe import route, router_logits
+from moe_jax.moe import route, router_logits, router_parts
 
 MODELS = {"Qwen3-30B": (128, 2048, 768), "DSV3 at EP8": (32, 7168, 2048)}
 CHOICES = 8
@@ -36,7 +36,7 @@ def main() -> None:
         )
         gate_up = jax.jit(partial(to_blocks, swiglu=True))(normal(0, 1, groups, hidden, 2 * inner, scale=0.02))
         down = jax.jit(partial(to_blocks, swiglu=False))(normal(1, 1, groups, inner, hidden, scale=0.02))
-        router, layer = normal(2, hidden, groups, scale=0.02).astype(jnp.float32), jnp.int32(0)
+        router, layer = router_parts(normal(2, hidden, groups, scale=0.02).astype(jnp.float32)), jnp.int32(0)
 
         def whole(x: jax.Array, *w: Any, config: Any = config) -> jax.Array:
             router, gate_up, down, layer = w

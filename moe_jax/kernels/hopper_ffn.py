@@ -32,11 +32,13 @@ def hopper_ffn(
     layer: jax.Array,
     share: float = 1.0,
     scales: tuple[jax.Array, jax.Array] | None = None,
+    residual: jax.Array | None = None,
     *,
     sms: int = SMS,
     interpret: Any = None,
 ) -> jax.Array:
-    """[M, H]: the sum over c of weights[m, c] times SwiGLU of slot[m, c] applied to x[m]; -1 adds nothing.
+    """[M, H]: the sum over c of weights[m, c] times SwiGLU of slot[m, c] applied to x[m]; -1 adds nothing. `residual`,
+    if there is one, is added to it.
 
     x [M, H] bfloat16; slot [M, C] int32 in -1..S-1; weights [M, C]; gate_up and down of all layers, [L, S, H, 2 I] and
     [L, S, I, H] as `grouped_gemm.to_blocks` gives them; layer [] int32. `share` is what fraction of the pairs is
@@ -54,7 +56,7 @@ def hopper_ffn(
     h = permute(x, place, padded_rows(slot.size, groups), interpret=interpret)
     h = grouped_gemm(h, gate_up, up, layer, first, True, up_scales, sms=sms, interpret=interpret)
     y = grouped_gemm(h, down, back, layer, second, False, down_scales, sms=sms, interpret=interpret)
-    return combine(y, place, weights, interpret=interpret)
+    return combine(y, place, weights, residual, interpret=interpret)
 
 
 def hopper_ffn_reference(

@@ -8,6 +8,7 @@ Online softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867); split contexts: 
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal
 
 import jax
@@ -353,8 +354,12 @@ def paged_attention_reference(
 
 def merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Parts along axis 1 as one: out [n, S, ..., dim], lse [n, S, ...] in base 2; float32. Nothing seen: zeros."""
-    top = lse.max(1, keepdims=True)
-    weight = jnp.exp2(lse - jnp.where(jnp.isfinite(top), top, 0))
-    total = weight.sum(1)
-    y = (weight[..., None] * out.astype(jnp.float32)).sum(1) / jnp.maximum(total, 1e-30)[..., None]
-    return y, jnp.log2(total) + jnp.where(jnp.isfinite(top), top, 0)[:, 0]
+    # Part by part: XLA makes one pass of sums that are written out, and several of reductions.
+    parts = range(lse.shape[1])
+    top = reduce(jnp.maximum, (lse[:, i] for i in parts))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    weights = [jnp.exp2(lse[:, i] - top) for i in parts]
+    total = reduce(jnp.add, weights)
+    scale = 1 / jnp.maximum(total, 1e-30)
+    y = reduce(jnp.add, ((w * scale)[..., None] * out[:, i].astype(jnp.float32) for i, w in enumerate(weights)))
+    return y, jnp.log2(total) + top

@@ -14,13 +14,18 @@ from jax.experimental.pallas import mosaic_gpu
 from moe_jax.kernels.grouped_gemm import ALIGN, Tiles
 
 plgpu: Any = mosaic_gpu  # of jax 0.11; 0.10, which type checks may see, has other signatures
-CHUNK = 256  # pairs that are compared with one another
+FEW, CHUNK = 2048, 256  # so many pairs are compared with one another: few all at once, more chunk by chunk
 LANES = 128  # threads of a warpgroup
 
 
 def padded_rows(pairs: int, groups: int) -> int:
     """Rows that `assign_rows` may use, for any routing."""
     return -(-(pairs + (ALIGN - 1) * min(groups, pairs)) // ALIGN) * ALIGN
+
+
+def _over(x: jax.Array, n: int) -> jax.Array:
+    """ceil(x / n). Where it can be a shift it is: XLA keeps divisions out of fusions, in kernels of their own."""
+    return (x + n - 1) >> (n.bit_length() - 1) if n & (n - 1) == 0 else jax.lax.div(x + n - 1, jnp.int32(n))
 
 
 def _before(counts: jax.Array) -> jax.Array:
@@ -35,14 +40,15 @@ def assign_rows(slot: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
     `padded_rows(M * C, groups)`; and the groups' sizes, [groups] int32.
     """
     pairs = slot.size
-    chunks = -(-pairs // CHUNK)
-    flat = jnp.pad(slot.reshape(-1), (0, chunks * CHUNK - pairs), constant_values=-1).reshape(chunks, CHUNK)
-    earlier = jnp.tril(jnp.ones((CHUNK, CHUNK), bool), -1)
+    chunk = pairs if pairs <= FEW else CHUNK
+    chunks = -(-pairs // chunk)
+    flat = jnp.pad(slot.reshape(-1), (0, chunks * chunk - pairs), constant_values=-1).reshape(chunks, chunk)
+    earlier = jnp.tril(jnp.ones((chunk, chunk), bool), -1)
     rank = ((flat[:, :, None] == flat[:, None, :]) & earlier).sum(-1, dtype=jnp.int32)
-    counts = (flat[:, :, None] == jnp.arange(groups)).sum(1, dtype=jnp.int32)  # [chunks, groups]
+    counts = (flat[:, None] == jnp.arange(groups)[:, None]).sum(-1, dtype=jnp.int32)  # [chunks, groups]
     until = jnp.cumsum(counts, axis=0)
     sizes = until[-1]
-    base = until - counts + _before(-(-sizes // ALIGN) * ALIGN)  # row of each chunk's first pair of each group
+    base = until - counts + _before(_over(sizes, ALIGN) * ALIGN)  # row of each chunk's first pair of each group
     row = rank + jnp.take_along_axis(base, jnp.maximum(flat, 0), axis=1)
     place = jnp.where(flat < 0, -1, row).reshape(-1)[:pairs].reshape(slot.shape)
     return place, sizes
@@ -51,7 +57,7 @@ def assign_rows(slot: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
 def cut_tiles(sizes: jax.Array, pairs: int, block_m: int) -> Tiles:
     """Tiles of at most block_m rows of groups that lie as `assign_rows` has them; as many as any routing may need."""
     groups = sizes.size
-    first, cut = _before(-(-sizes // ALIGN) * ALIGN), -(-sizes // block_m)
+    first, cut = _before(_over(sizes, ALIGN) * ALIGN), _over(sizes, block_m)
     begin = _before(cut)
     t = jnp.arange(-(-(pairs + (block_m - 1) * min(groups, pairs)) // block_m), dtype=jnp.int32)
     group = jnp.minimum((begin + cut <= t[:, None]).sum(-1, dtype=jnp.int32), groups - 1)
@@ -110,17 +116,23 @@ def permute(x: jax.Array, place: jax.Array, rows: int, *, interpret: Any = None)
     return _call(body, (rows, x.shape[1]), x.dtype, grid, interpret)(x, place)
 
 
-def combine(y: jax.Array, place: jax.Array, weights: jax.Array, *, interpret: Any = None) -> jax.Array:
-    """As the reference."""
+def combine(
+    y: jax.Array, place: jax.Array, weights: jax.Array, residual: jax.Array | None = None, *, interpret: Any = None
+) -> jax.Array:
+    """As the reference, plus residual [M, H]."""
     part = _part(y.shape[1])
     if part is None:
-        return combine_reference(y, place, weights)
+        out = combine_reference(y, place, weights)
+        return out if residual is None else residual + out
     size, each = part
     layout = plgpu.Layout.WG_STRIDED((size,), vec_size=each)
 
-    def body(y_g: Any, place_g: Any, weights_g: Any, out_g: Any) -> None:
+    def body(y_g: Any, place_g: Any, weights_g: Any, *rest: Any) -> None:
+        *residual_g, out_g = rest
         m, columns = jax.lax.axis_index("token"), pl.ds(jax.lax.axis_index("part") * size, size)
         total = jnp.zeros((size,), jnp.float32)
+        for x_g in residual_g:
+            total += plgpu.load(x_g.at[m, columns], layout=layout).astype(jnp.float32)
         at = [place_g[m, c] for c in range(place.shape[1])]
         read = [plgpu.load(y_g.at[jnp.maximum(a, 0), columns], layout=layout) for a in at]
         for c, (a, row) in enumerate(zip(at, read, strict=True)):
@@ -128,4 +140,5 @@ def combine(y: jax.Array, place: jax.Array, weights: jax.Array, *, interpret: An
         out_g[m, columns] = total.astype(y.dtype)
 
     grid = (place.shape[0], y.shape[1] // size)
-    return _call(body, (place.shape[0], y.shape[1]), y.dtype, grid, interpret)(y, place, weights.astype(jnp.float32))
+    arguments = y, place, weights.astype(jnp.float32), *(() if residual is None else (residual,))
+    return _call(body, (place.shape[0], y.shape[1]), y.dtype, grid, interpret)(*arguments)

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moe_jax.kernels.grouped_gemm import ALIGN, BLOCK_K, Config, block_rows
+from moe_jax.kernels.grouped_gemm import BLOCK_K, Config, block_rows
 
 TABLE = Path(__file__).with_name("tuned.json")
 SHARED_MEMORY = 227 * 1024  # bytes that a block of threads of an H100 or H200 may use
@@ -76,7 +76,9 @@ def candidates(shape: Shape) -> list[Config]:
         out += [replace(c, widths=c.widths[1:], cluster=2) for c in clustered]
     else:  # bound by reading weights
         for block_m in sizes:
-            for consumers, blocks_k in ((2, 1), (1, 1), (1, 2), (2, 2)):
+            # Where few groups are hit, narrow tiles occupy more of the processor.
+            kinds = ((2, 1), (1, 1), (1, 2), (2, 2)) if shape.rows > 1 else ((1, 1), (1, 2), (2, 1), (2, 2))
+            for consumers, blocks_k in kinds:
                 stage = blocks_k * BLOCK_K * 2 * (block_m + consumers * b)
                 for kilobytes in (192, 144):
                     out.append(Config(block_m, _widths(block_m), consumers, blocks_k, kilobytes * 1024 // stage, 1))
@@ -112,7 +114,7 @@ def best(shape: Shape) -> Config:
         return 4 * rows_apart(other) + sizes
 
     def rows_apart(other: Shape) -> float:
-        return ratio(max(shape.rows, ALIGN), max(other.rows, ALIGN))
+        return ratio(shape.rows, other.rows)
 
     near = [
         (distance(other), i, c)

@@ -105,7 +105,7 @@ def test_a_machine_without_a_compiler(command: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_kernels_of_a_device() -> None:
-    assert choose("auto", "NVIDIA H200") == "xla"  # to be asked for
+    assert choose("auto", "NVIDIA H200") == "hopper"
     assert choose("auto", "NVIDIA A100", "device NVIDIA A100, expected another") == "xla"
     assert choose("reference", "cpu") == "reference"
     with pytest.raises(ConfigError, match="found native on NVIDIA H200"):
