@@ -373,12 +373,12 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
 
 
 async def _serve(options: Options, say: Callable[[str], None]) -> None:
-    """With a journal the coordinator may die, and so it is a process of its own, apart from what starts workers."""
+    """With a journal the coordinator may die, and so it is a process of its own, apart from what starts it."""
     if options.openai_port is not None:
         from serving import gateway
 
         gateway.find()
-    if options.workers and options.journal is not None:
+    if options.journal is not None:
         from serving.keeper import keep
 
         return await keep(options, say)
