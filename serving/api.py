@@ -82,6 +82,11 @@ class Inference(rpc.InferenceServicer):
         return len(self._running)
 
     @property
+    def waiting(self) -> int:
+        """Of them, those that no rank has been given yet."""
+        return min(self._coordinator.router.ledger.waiting, self.running)
+
+    @property
     def unavailable(self) -> str | None:
         """Why new requests are refused, if they are."""
         return "the server shuts down" if self._refusing or self._closed else self._coordinator.unservable

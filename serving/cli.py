@@ -557,11 +557,34 @@ def run_drain(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
 
     with _admin(args) as admin:
         left = admin.Drain(pb.DrainRequest(host=args.host), timeout=args.timeout)
-    if args.json:
-        print(json.dumps({"host": args.host, "ranks": list(left.ranks), "epoch": left.epoch}))
-    else:
-        print(f"{args.host}: ranks {' '.join(map(str, left.ranks))} left; the cluster is in epoch {left.epoch}")
+    _print_host(args, left, "left")
     return 0
+
+
+def configure_undrain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("host", metavar="HOST", help="label of the host that was drained")
+    _add_coordinator(parser)
+    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds to wait for it to serve")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def run_undrain(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    from serving.protos import inference_pb2 as pb
+
+    with _admin(args) as admin:
+        back = admin.Undrain(pb.UndrainRequest(host=args.host), timeout=args.timeout)
+    _print_host(args, back, "serve")
+    return 0
+
+
+def _print_host(args: argparse.Namespace, answer: Any, what: str) -> None:
+    """answer: has `ranks` and `epoch`. what: these ranks do now, or did."""
+    ranks = list(answer.ranks)
+    if args.json:
+        print(json.dumps({"host": args.host, "ranks": ranks, "epoch": answer.epoch}))
+    else:
+        named = " ".join(["ranks", *map(str, ranks)]) if ranks else "no ranks"
+        print(f"{args.host}: {named} {what}; the cluster is in epoch {answer.epoch}")
 
 
 # -- key ------------------------------------------------------------------------------------------------------------
@@ -632,6 +655,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("top", "Show what a cluster is doing, live.", configure_top, run_top),
     Command("health", "Say whether new requests are served.", configure_health, run_health),
     Command("drain", "Move a host's requests to others and let it leave.", configure_drain, run_drain),
+    Command("undrain", "Take a drained host back, whose workers the server starts.", configure_undrain, run_undrain),
     Command("key", "Draw an API key.", configure_key, run_key),
     Command("plan", "Place experts, and say what the placement survives.", plan_command.configure, run_plan),
     Command("warmup", "Compile what a cluster and its losses need.", configure_warmup, run_warmup),

@@ -30,7 +30,7 @@ from serving.frame_server import FrameServer
 from serving.journal import Journal
 from serving.ledger import Entry, Place
 from serving.membership import Membership
-from serving.metrics import Metrics
+from serving.metrics import Metrics, Step
 from serving.protos import cluster_pb2_grpc as rpc
 from serving.recoveries import Recoveries
 from serving.router import Listener, Oblivion, Router
@@ -69,7 +69,9 @@ class Watcher:
 
     engine_failed: Callable[[int, str, str], None] = lambda rank, kind, text: None  # kind: an exception's name, or ""
     dismissed: Callable[[int, int], None] = lambda rank, pid: None  # its supervisor has been told to exit
-    drained: Callable[[str], None] = lambda host: None  # before its ranks are
+    drained: Callable[[str], None] = lambda host: None  # before its ranks are: nobody shall start them again
+    # It may come back: start its workers. None: who starts them is elsewhere.
+    wanted: Callable[[str], None] | None = None
     changed: Callable[[str, str], None] = lambda state, reason: None
     served: Callable[[m.Epoch], None] = lambda epoch: None  # all its members have entered it
     failed: Callable[[Exception], None] = lambda error: None  # the journal: nothing goes on, close the coordinator
@@ -111,6 +113,8 @@ class Coordinator:
         self._fences: dict[tuple[int, int], deque[tuple[int, int]]] = {}  # (generation, node): (rank, incarnation)
         self._epochs: dict[int, int] = {}  # incarnation: in how many it has been, of the current members
         self._draining: dict[str, tuple[set[int], asyncio.Future[None]]] = {}  # host: incarnations that shall leave
+        self._background: set[asyncio.Task[None]] = set()
+        self._to_drain: list[str] = []  # hosts that another coordinator was draining
         self._rebalanced: asyncio.Future[str] | None = None  # the cause of the next epoch that serves
         self._served = False  # ever
         self._compiled = 0  # programs, by engines of the mesh since then
@@ -307,7 +311,7 @@ class Coordinator:
                 case "events":
                     stream.steps = body.get("steps", stream.steps + 1)
                     stream.usage = body.get("usage")
-                    self.router.take_events(rank, incarnation, body["events"])
+                    self.router.take_events(incarnation, Step(body["epoch"], rank, stream.steps), body["events"])
                 case "score":
                     self.router.take_score(rank, incarnation, message)
                 case "arrived":
@@ -413,6 +417,7 @@ class Coordinator:
             log.info("took over ranks %s in epoch %d", [s.rank for s in found], epoch.number)
             self._served = True
             self._taken_over = [s.rank for s in found]
+            self._to_drain = list(self._journal.get("draining", ()) or ())
             orders = self._journal.orders(epoch.generation)
             self._epochs = dict.fromkeys(epoch.incarnations, len(orders))  # at most
             actions = self._membership.take_over(epoch, takeover.nodes, orders, takeover.entered, now)
@@ -475,6 +480,7 @@ class Coordinator:
                 if self._rebalanced is not None and not self._rebalanced.done():
                     self._rebalanced.set_result(self._membership.recoveries[-1].cause)
                 self.router.place()
+                self._drain_on()
                 if self.cluster.repairs is not None:
                     self.cluster.repairs.expect(epoch.slots, epoch.order)
                 self.watcher.served(epoch)
@@ -618,27 +624,74 @@ class Coordinator:
     async def drain(self, host: str, away: bool = True) -> dict[str, Any]:
         """Move a host's requests away and let its ranks leave; {"ranks": those, "epoch": the first without them}.
 
-        away: they are not started again here; otherwise they come back as new processes.
+        away: they are not started again here until `undrain`, and a coordinator that takes over goes on with it;
+        otherwise they come back as new processes. Where none is present there is nothing to wait for.
         Raises LookupError for an unknown host, Unavailable when the others could not hold all experts, or not now.
         """
-        hosts = self.cluster.rules.hosts
-        if host not in hosts:
-            raise LookupError(f"host: found {host!r}, expected one of {', '.join(sorted(set(hosts)))}")
+        self._check_host(host)
         ranks = [r for r, s in sorted(self._current.items()) if s.host == host and s.dismissed is None]
-        if away and host in self._draining:
-            self.watcher.drained(host)
-        if host not in self._draining:
+        actions: list[m.Action] = []
+        if ranks and host not in self._draining:
             refused, actions = self._membership.drain(host, time.monotonic())
             if refused is not None:
                 raise Unavailable(refused)
             left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            left.add_done_callback(lambda _: self._draining.pop(host, None))
+            left.add_done_callback(lambda _: self._drained(host, away))
             self._draining[host] = {self._current[r].incarnation for r in ranks}, left
             if away:
-                self.watcher.drained(host)
-            self._do(actions)
-        await asyncio.shield(self._draining[host][1])  # whoever else asked for it waits for the same
+                self._keep_drains(host, True)
+        if away:
+            self.watcher.drained(host)
+        self._do(actions)
+        if host in self._draining:
+            await asyncio.shield(self._draining[host][1])  # whoever else asked for it waits for the same
         return {"ranks": ranks, "epoch": self._membership.status()["epoch"]}
+
+    async def undrain(self, host: str) -> dict[str, Any]:
+        """Have a drained host's workers started again; {"ranks": its, "epoch": one in which they serve}.
+
+        Raises LookupError for an unknown host, Unavailable while it still leaves, or when they are not started here.
+        """
+        self._check_host(host)
+        if host in self._draining:
+            raise Unavailable(f"host {host}: found a drain that is not over, expected none: try again then")
+        if self.watcher.wanted is None:
+            raise Unavailable(f"host {host}: its workers are not started from here: start `moe-jax worker` on it again")
+        self.watcher.wanted(host)
+        ranks = {r for r, name in enumerate(self.cluster.rules.hosts) if name == host}
+        while not ranks <= self.router.members.keys():
+            await asyncio.sleep(0.05)
+        return {"ranks": sorted(ranks), "epoch": self._membership.status()["epoch"]}
+
+    def _check_host(self, host: str) -> None:
+        if host not in self.cluster.rules.hosts:
+            expected = ", ".join(sorted(set(self.cluster.rules.hosts)))
+            raise LookupError(f"host: found {host!r}, expected one of {expected}")
+
+    def _drained(self, host: str, away: bool) -> None:
+        del self._draining[host]
+        if away:
+            self._keep_drains(host, False)
+
+    def _keep_drains(self, host: str, begun: bool) -> None:
+        """For the next coordinator, should this one not see the end of it."""
+        others = [name for name in self._journal.get("draining", ()) or () if name != host]
+        self.router.keep(lambda: self._journal.put("draining", [*others, *([host] if begun else [])]))
+
+    def _drain_on(self) -> None:
+        """Take up what the last coordinator was at; all that it takes is known again."""
+
+        async def drain(host: str) -> None:
+            try:
+                await self.drain(host)
+            except Unavailable as e:
+                log.warning("host %s: its drain is given up: %s", host, e)
+                self._keep_drains(host, False)
+
+        hosts, self._to_drain = self._to_drain, []
+        for host in hosts:
+            self._background.add(task := asyncio.ensure_future(drain(host)))
+            task.add_done_callback(self._background.discard)
 
     async def rebalance(self) -> dict[str, Any]:
         """{"slots": that change, "epoch": the first in which they have}. Raises Unavailable when it is not possible

@@ -23,7 +23,7 @@ from serving.channel import Message, encode
 from serving.journal import Journal
 from serving.ledger import Entry, Ledger, Place, Score
 from serving.membership import Epoch
-from serving.metrics import Metrics
+from serving.metrics import Metrics, Step
 from serving.recoveries import Recoveries
 
 _NOBODY = Owner()
@@ -199,9 +199,9 @@ class Router:
 
     # Engines
 
-    def take_events(self, rank: int, incarnation: int, packed: list[Any]) -> None:
+    def take_events(self, incarnation: int, step: Step, packed: list[Any]) -> None:
         """A step's tokens: into the ledger, into the journal, to the clients."""
-        taken = [t for p in packed if (t := self.ledger.take(rank, incarnation, p)) is not None]
+        taken = [t for p in packed if (t := self.ledger.take(step.rank, incarnation, p)) is not None]
         if not taken:
             return
         self.keep(lambda: self._keep_tokens(taken))
@@ -211,7 +211,7 @@ class Router:
             if listeners is None:
                 continue  # its text ended with a token before this one
             self._recoveries.published(entry.key, now)
-            self._metrics.token(entry.key, now)
+            self._metrics.token(entry.key, now, step)
             if event.finish_reason is not None:
                 del self._listeners[entry.key]
                 self._recoveries.ended(entry.key)

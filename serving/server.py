@@ -59,6 +59,7 @@ class Launching(Protocol):
 
     def dismissed(self, rank: int, pid: int) -> None: ...
     def hold(self, host: str) -> None: ...
+    def release(self, host: str) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -211,6 +212,7 @@ class Server:
         """Its workers are this cluster's."""
         self.launcher = launcher
         self.watcher.dismissed, self.watcher.drained = launcher.dismissed, launcher.hold
+        self.watcher.wanted = launcher.release if self._restart else None
         if self._restart:
             self._recycling = asyncio.ensure_future(recycle(self.coordinator))
 

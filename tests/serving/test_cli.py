@@ -190,7 +190,12 @@ class FakeAdmin(rpc.AdminServicer):
             context.abort(grpc.StatusCode.NOT_FOUND, "host: found 'x', expected one of a, b")
         if request.host == "a":
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "host a: too few slots")
-        return pb.DrainResponse(ranks=[2, 3], epoch=7)
+        return pb.DrainResponse(ranks=[] if request.host == "gone" else [2, 3], epoch=7)
+
+    def Undrain(self, request: pb.UndrainRequest, context: grpc.ServicerContext) -> pb.UndrainResponse:
+        if request.host == "a":
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "host a: its workers are not started from here")
+        return pb.UndrainResponse(ranks=[2, 3], epoch=8)
 
 
 class FakeCluster(cluster_pb2_grpc.ClusterServicer):
@@ -231,6 +236,15 @@ def test_drain(coordinator: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "moe-jax drain: host: found 'x', expected one of a, b\n"
     assert main(["drain", "a", "--address", coordinator]) == 1
     assert "FAILED_PRECONDITION: host a: too few slots" in capsys.readouterr().err
+    assert main(["drain", "gone", "--address", coordinator]) == 0
+    assert capsys.readouterr().out == "gone: no ranks left; the cluster is in epoch 7\n"
+
+
+def test_undrain(coordinator: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["undrain", "b", "--address", coordinator]) == 0
+    assert capsys.readouterr().out == "b: ranks 2 3 serve; the cluster is in epoch 8\n"
+    assert main(["undrain", "a", "--address", coordinator]) == 1
+    assert "its workers are not started from here" in capsys.readouterr().err
 
 
 def test_worker(coordinator: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,7 +227,7 @@ def test_drain_and_return():
         assert "UNSERVABLE" not in r.states
         await r.flowing()
         assert r.live() == [0, 1, 4, 5]  # it is not started again before
-        r.launcher.start([2, 3])
+        assert (await r.coordinator.undrain("b"))["ranks"] == [2, 3]
         await r.serving()
         drained = r.status()["recoveries"][0]
         assert drained["cause"] == "drain" and drained["lost"] == [2, 3] and drained["pause_ms"] < 500
