@@ -12,32 +12,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import re
 import statistics
 import time
 import urllib.request
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import grpc
+from _cluster import cpu
 from _service import free_port, served
 
 from serving.protos import inference_pb2 as pb
 from serving.protos import inference_pb2_grpc as rpc
 
-_TICK = os.sysconf("SC_CLK_TCK")
 _ALONE = 40  # requests one after the other, for the first token
-
-
-def cpu(pids: Iterable[int]) -> float:
-    """Seconds of processor time."""
-    total = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / _TICK
 
 
 def request(prompt: str, count: int, seed: int) -> pb.GenerateRequest:

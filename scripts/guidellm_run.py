@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _cluster import is_whole
 from _service import free_port, kill_a_host, served, status
 
 from moe_jax.llm import model_directory
@@ -51,10 +52,9 @@ def kill_in_the_middle(address: str, tokens: int, done: threading.Event) -> None
 
 
 def until_whole(address: str) -> dict[str, Any]:
+    """The status, at the latest after a minute."""
     deadline = time.monotonic() + 60
-    while (found := status(address))["state"] != "SERVING" or any(r["state"] != "live" for r in found["ranks"]):
-        if time.monotonic() > deadline:
-            break
+    while not is_whole(found := status(address)) and time.monotonic() < deadline:
         time.sleep(0.2)
     return found
 
@@ -76,14 +76,35 @@ def main() -> int:
         killing = threading.Thread(target=kill_in_the_middle, args=(address, args.requests * _TOKENS // 2, done))
         killing.start()
         ran = subprocess.run(
-            command(args.guidellm, port, report, args.streams, args.requests), env={**os.environ, **offline}
+            command(args.guidellm, port, report, args.streams, args.requests),
+            env={**os.environ, **offline},
+            stdout=sys.stderr,
         )
         done.set()
         killing.join()
         after = until_whole(address)
-        found = json.loads(report.read_text()) if report.exists() else {}
-    open("/tmp/report.json", "w").write(json.dumps(found))
-    return 0
+        found = json.loads(report.read_text())["benchmarks"][0]["metrics"] if report.exists() else None
+    if found is None:
+        print(f"guidellm: no report, exit code {ran.returncode}", file=sys.stderr)
+        return 1
+    answers, tokens = found["request_totals"], found["output_token_count"]["successful"]
+    losses = [change for change in after["recoveries"] if change["lost"]]
+    print(
+        json.dumps(
+            {
+                "requests": answers,
+                "tokens": {name: tokens[name] for name in ("min", "max", "total_sum")},
+                "tokens_per_second": round(found["output_tokens_per_second"]["successful"]["mean"], 1),
+                "first_token_ms": round(found["time_to_first_token_ms"]["successful"]["median"], 1),
+                "inter_token_ms": round(found["inter_token_latency_ms"]["successful"]["median"], 2),
+                "lost": [change["lost"] for change in losses],
+                "pause_ms": [change["pause_ms"] for change in losses],
+                "whole_again": is_whole(after),
+            }
+        )
+    )
+    answered = answers["successful"] == args.requests and tokens["min"] == tokens["max"] == _TOKENS
+    return 0 if answered and len(losses) == 1 and is_whole(after) else 1
 
 
 if __name__ == "__main__":

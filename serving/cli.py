@@ -323,6 +323,13 @@ def configure_serve(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: an object a line")
     group.add_argument("--web", type=_address, metavar="HOST:PORT", help="serve a status page and /metrics there")
     group.add_argument("--max-queue-tokens", type=_positive, metavar="N", help="of all requests that are accepted")
+    group.add_argument(
+        "--max-queue-seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="that a request may have to wait for its turn",
+    )
     group.add_argument("--max-output-tokens", type=_positive, metavar="N", help="that one request may ask for")
     group.add_argument(
         "--grace", type=float, default=20.0, metavar="S", help="seconds for accepted requests to finish after SIGTERM"
@@ -356,6 +363,7 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
             journal=args.journal,
             log_dir=args.log_dir,
             max_queue_tokens=args.max_queue_tokens,
+            max_queue_seconds=args.max_queue_seconds,
             max_output_tokens=args.max_output_tokens,
             grace=args.grace,
             web=args.web,

@@ -99,9 +99,15 @@ class Coordinator:
         self._membership.restore_from(*self._journal.last_numbers)
         self._recoveries = Recoveries()
         self.metrics = Metrics()
-        limits, tokens = cluster.limits, cluster.max_tokens
         self.router = Router(
-            self._journal, self._recoveries, self._send, self._journal_failed, limits, tokens, self.metrics
+            self._journal,
+            self._recoveries,
+            self._send,
+            self._journal_failed,
+            cluster.limits,
+            cluster.max_tokens,
+            cluster.max_wait,
+            self.metrics,
         )
         self._actions: deque[m.Action] = deque()
         self._acting = False
@@ -196,13 +202,14 @@ class Coordinator:
         """Serve a request: `listener` hears every token of it, from the first on, in order, once.
 
         The same request again attaches another listener, also if it ended a while ago. wait: accept it also while
-        nothing can be served. owner: whose bounds it counts for, and whose turn it waits for.
+        nothing can be served, and however long it will wait. owner: whose bounds it counts for, and whose turn it
+        waits for.
         Raises ValueError for what can never be served, ledger.AlreadyExists, scheduler.QueueFull, Unavailable.
         """
         self.cluster.limits.check(request)
         if not wait and self.unservable is not None and self.router.ledger.find(request.request_id) is None:
             raise Unavailable(self.unservable)
-        return self.router.submit(request, listener, owner, priority)
+        return self.router.submit(request, listener, owner, priority, wait)
 
     def finish(self, entry: Entry) -> None:
         """Its text is complete, by a stop string of which the engine does not know. Nothing more is heard of it."""

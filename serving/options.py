@@ -27,6 +27,7 @@ class Options:
     api_keys: Path | None = None
     cluster_token: str | None = None
     max_queue_tokens: int | None = None  # of all open requests; None: four times what the caches hold
+    max_queue_seconds: float = 10.0  # that a new request may have to wait for its turn
     max_output_tokens: int | None = None  # of one request; None: as many as fit
     web: str | None = None  # host:port of status page and metrics
     openai_port: int | None = None  # of the gateway

@@ -92,7 +92,10 @@ def prepare(options: Options) -> tuple[Cluster, ModelConfig, Tokenizer]:
     limits, tokens = cluster.limits, options.max_queue_tokens
     if tokens is None:
         tokens = max(_QUEUE * len(labels) * limits.num_pages * limits.page_size, 2 * limits.max_model_len)
-    cluster, tokenizer = replace(cluster, max_tokens=tokens), Tokenizer.from_directory(options.model)
+    cluster, tokenizer = (
+        replace(cluster, max_tokens=tokens, max_wait=options.max_queue_seconds),
+        Tokenizer.from_directory(options.model),
+    )
     if options.workers:
         return cluster, model, tokenizer
     host = options.address.rpartition(":")[0]
