@@ -59,7 +59,10 @@ class Clients:
         self.admins = [rpc.AdminStub(channel) for channel in self._channels]
         self._numbers = itertools.count()
 
-    async def close(self) -> None:
+    async def __aenter__(self) -> Clients:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
         for channel in self._channels:
             await channel.close()
 
@@ -129,6 +132,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {name: round(1e3 * ordered[min(len(ordered) - 1, int(q * len(ordered)))], 1) for name, q in at.items()}
 
 
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
 async def alone(clients: Clients, count: int = _ALONE) -> Results:
     results = Results()
     for _ in range(count):
@@ -167,10 +174,13 @@ async def flood(clients: Clients, rate: float, seconds: float) -> Results:
 async def overload(
     clients: Clients, pid: int, streams: int, times: float, seconds: float
 ) -> tuple[dict[str, Any], bool]:
+    say("alone")
     before = await alone(clients)
+    say("capacity")
     most = await capacity(clients, streams, 10.0)
     quiet = memory(pid)
     begun = time.perf_counter()
+    say(f"{times:g} times {most:.1f} requests/s")
     async with watched(pid) as seen:
         results = await flood(clients, times * most, seconds)
     ended = time.perf_counter()
@@ -231,6 +241,7 @@ async def idle(clients: Clients, pid: int, count: int, streams: int) -> dict[str
         await asyncio.gather(*tasks, return_exceptions=True)
         return found
 
+    say("idle streams")
     found: dict[str, Any] = {"streams": count, "nobody": await cost()}
     found["watching"] = await while_open([asyncio.create_task(watch(i)) for i in range(count)], lambda status: True)
     running = [asyncio.create_task(busy()) for _ in range(streams)]
@@ -246,17 +257,16 @@ async def idle(clients: Clients, pid: int, count: int, streams: int) -> dict[str
     return found
 
 
-async def measure(address: str, args: argparse.Namespace) -> int:
-    clients = Clients(address)
-    try:
-        status = await clients.status()
-        pid = status["coordinator"]["pid"]
-        found, good = await overload(clients, pid, args.streams, args.times, args.seconds)
-        waits = await idle(clients, pid, args.idle, args.streams)
-    finally:
-        await clients.close()
-    print(json.dumps({"machine": machine(), "hosts": args.hosts, "overload": found, "idle": waits}))
-    return 0 if good else 1
+async def measure_overload(address: str, args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    async with Clients(address) as clients:
+        pid = (await clients.status())["coordinator"]["pid"]
+        return await overload(clients, pid, args.streams, args.times, args.seconds)
+
+
+async def measure_idle(address: str, args: argparse.Namespace) -> dict[str, Any]:
+    async with Clients(address) as clients:
+        pid = (await clients.status())["coordinator"]["pid"]
+        return await idle(clients, pid, args.idle, args.streams)
 
 
 def main() -> int:
@@ -267,11 +277,16 @@ def main() -> int:
     parser.add_argument("--times", type=float, default=10.0)
     parser.add_argument("--idle", type=int, default=2000)
     args = parser.parse_args()
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        served("--hosts", str(args.hosts), "--journal", directory, quiet=True) as address,
-    ):
-        return asyncio.run(measure(address, args))
+    hosts, found, good = ("--hosts", str(args.hosts)), None, True
+    with tempfile.TemporaryDirectory() as directory:
+        if args.seconds:
+            with served(*hosts, "--journal", f"{directory}/a", quiet=True) as address:
+                found, good = asyncio.run(measure_overload(address, args))
+        # Whoever waits here would have been refused.
+        with served(*hosts, "--journal", f"{directory}/b", "--max-queue-seconds", "1e6", quiet=True) as address:
+            waits = asyncio.run(measure_idle(address, args))
+    print(json.dumps({"machine": machine(), "hosts": args.hosts, "overload": found, "idle": waits}))
+    return 0 if good else 1
 
 
 if __name__ == "__main__":
