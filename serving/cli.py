@@ -405,6 +405,9 @@ def configure_worker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--platform", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--gpu", type=_natural, metavar="I", help="which visible GPU (default: that of the rank)")
     parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="seconds to go on uncoordinated")
+    parser.add_argument(
+        "--grace", type=float, default=20.0, metavar="S", help="seconds for its requests to move away after SIGTERM"
+    )
     add_credentials(parser)
 
 
@@ -420,7 +423,9 @@ def run_worker(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     with _bad_input():
         platform = args.platform or guess_platform(os.environ.get("JAX_PLATFORMS"))
         given = credentials(args)
-        options = worker.Options(args.coordinator, args.rank, args.host, platform, args.patience, gpu=args.gpu, **given)
+        options = worker.Options(
+            args.coordinator, args.rank, args.host, platform, args.patience, args.grace, gpu=args.gpu, **given
+        )
         return asyncio.run(worker.supervise(options))
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -289,6 +289,17 @@ class Coordinator:
         elif stream.incarnation and not self._closed and stream.dismissed is None:
             stream.ill_since = time.monotonic()
             self._do(self._membership.lost(stream.rank, stream.incarnation, reason, stream.ill_since))
+
+    def worker_leaves(self, stream: WorkerStream) -> None:
+        self._start_task(self._let_go(stream))
+
+    async def _let_go(self, stream: WorkerStream) -> None:
+        """It ends in any case, so the other ranks of its host leave with it, while that can be done in order."""
+        try:
+            await self.drain(stream.host, away=False)
+        except (LookupError, Unavailable) as e:
+            log.warning("rank %d: ends without having been drained: %s", stream.rank, e)
+            stream.dismiss("it was told to end")
 
     def worker_gone(self, stream: WorkerStream, reason: str) -> None:
         now = time.monotonic()
@@ -697,8 +708,11 @@ class Coordinator:
 
         hosts, self._to_drain = self._to_drain, []
         for host in hosts:
-            self._background.add(task := asyncio.ensure_future(drain(host)))
-            task.add_done_callback(self._background.discard)
+            self._start_task(drain(host))
+
+    def _start_task(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self._background.add(task := asyncio.ensure_future(coroutine))
+        task.add_done_callback(self._background.discard)
 
     async def rebalance(self) -> dict[str, Any]:
         """{"slots": that change, "epoch": the first in which they have}. Raises Unavailable when it is not possible
