@@ -372,6 +372,15 @@ def _count_sockets(pid: int) -> int:
     return count
 
 
+def cpu(pids: Iterable[int]) -> float:
+    """Seconds of processor time."""
+    total = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
 def is_alive(pid: int) -> bool:
     """Also when it is stopped, but not as a zombie."""
     with contextlib.suppress(OSError):

@@ -12,34 +12,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import re
-import socket
 import statistics
-import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import grpc
+from _cluster import cpu
+from _service import free_port, served
 
 from serving.protos import inference_pb2 as pb
 from serving.protos import inference_pb2_grpc as rpc
 
-_TICK = os.sysconf("SC_CLK_TCK")
 _ALONE = 40  # requests one after the other, for the first token
-
-
-def cpu(pids: Iterable[int]) -> float:
-    """Seconds of processor time."""
-    total = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / _TICK
 
 
 def request(prompt: str, count: int, seed: int) -> pb.GenerateRequest:
@@ -111,18 +97,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=15.0)
     args = parser.parse_args()
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        web = f"127.0.0.1:{sock.getsockname()[1]}"
-    command = [sys.executable, "-m", "serving.cli", "serve", "--address", "127.0.0.1:0", "--web", web]
-    command += ["--hosts", str(args.hosts)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        try:
-            assert server.stdout is not None
-            found = re.match(r"serving at (\S+):", server.stdout.readline())
-            assert found is not None, "serve did not start"
-            print(json.dumps(asyncio.run(measure(found[1], web, args.streams, args.seconds))))
-        finally:
-            server.kill()
+    web = f"127.0.0.1:{free_port()}"
+    with served("--web", web, "--hosts", str(args.hosts), quiet=True) as address:
+        print(json.dumps(asyncio.run(measure(address, web, args.streams, args.seconds))))
 
 
 if __name__ == "__main__":

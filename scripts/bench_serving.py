@@ -409,7 +409,10 @@ def measure(
     assert engine is not None
     model, config = engine.model, engine.config
     work = work_of(model, config)
-    print(f"kernels {engine.programs.engine.kernels}, started in {server.start:.1f} s, {model.num_layers} layers, ", end="")
+    print(
+        f"kernels {engine.programs.engine.kernels}, started in {server.start:.1f} s, {model.num_layers} layers, ",
+        end="",
+    )
     print(f"{config.num_pages} pages of {config.page_size}, {config.max_prefill_rows} prompt tokens a step", flush=True)
     out: dict[str, Any] = {"kernels": engine.programs.engine.kernels, "start": server.start, "decode": []}
     out["first_token"] = first = server.first_token(args.context)
@@ -419,7 +422,9 @@ def measure(
     out["prefill_share"] = share = rate * each / flops
     peer_rate = next((t["prefill"] for t in theirs if "prefill" in t), None)
     print(f"first token of {args.context}: {1e3 * first:.1f} ms; prefill {rate:.0f} tokens/s, ", end="")
-    print(f"{share:.1%} of the dense rate" + (f", {rate / peer_rate:.2f} x transformers" if peer_rate else ""), flush=True)
+    print(
+        f"{share:.1%} of the dense rate" + (f", {rate / peer_rate:.2f} x transformers" if peer_rate else ""), flush=True
+    )
     count = ExpertCount(server)
     for batch in args.batch:
         with server.decoding(batch, args.context, 4 * args.steps + SETTLE):

@@ -10,40 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
-import re
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 
-import grpc
 import openai  # type: ignore[import-not-found]
-
-from serving.protos import inference_pb2 as pb
-from serving.protos import inference_pb2_grpc as rpc
+from _service import free_port, kill_a_host, served
 
 PROMPT = "Once upon a time"
-
-
-@contextlib.contextmanager
-def served(hosts: int) -> Iterator[tuple[str, int]]:
-    """(address of the service, port of the gateway)."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
-    command = [sys.executable, "-m", "serving.cli", "serve", "--address", "127.0.0.1:0", "--hosts", str(hosts)]
-    with subprocess.Popen([*command, "--openai-port", str(port)], stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            found = re.match(r"serving at (\S+):", server.stdout.readline())
-            assert found is not None, "serve did not start"
-            yield found[1], port
-        finally:
-            server.terminate()
-            server.wait(60)
 
 
 def until_ready(client: openai.OpenAI) -> str:
@@ -56,7 +30,7 @@ def until_ready(client: openai.OpenAI) -> str:
         time.sleep(0.2)
 
 
-def checks(client: openai.OpenAI, model: str, kill: Callable[[], None]) -> Iterator[tuple[str, bool]]:
+def checks(client: openai.OpenAI, model: str, kill: Callable[[], object]) -> Iterator[tuple[str, bool]]:
     def complete(**given: object) -> openai.types.Completion:
         return client.completions.create(**{"model": model, "prompt": PROMPT, "seed": 1, "temperature": 0.8, **given})
 
@@ -96,16 +70,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=2)
     hosts = parser.parse_args().hosts
-    with served(hosts) as (address, port), grpc.insecure_channel(address) as channel:
-        admin = rpc.AdminStub(channel)
-
-        def kill() -> None:
-            status = json.loads(admin.Status(pb.StatusRequest()).json)
-            os.kill(status["ranks"][-1]["pid"], signal.SIGKILL)
-
+    port = free_port()
+    with served("--hosts", str(hosts), "--openai-port", str(port)) as address:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         results = []
-        for name, passed in checks(client, until_ready(client), kill):
+        for name, passed in checks(client, until_ready(client), lambda: kill_a_host(address)):
             results.append(passed)
             print(f"{'ok  ' if passed else 'FAIL'} {name}", flush=True)
     return 0 if all(results) else 1

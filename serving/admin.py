@@ -75,6 +75,15 @@ class Admin(rpc.AdminServicer):
                 raise NotFound(str(e)) from None
         return response
 
+    async def Undrain(self, request: pb.UndrainRequest, context: grpc.aio.ServicerContext) -> pb.UndrainResponse:
+        response = pb.UndrainResponse()
+        async with _audited(context, f"Undrain {request.host[:256]!r}"):
+            try:
+                response = pb.UndrainResponse(**await self._coordinator.undrain(request.host))
+            except LookupError as e:
+                raise NotFound(str(e)) from None
+        return response
+
     async def Rebalance(self, request: pb.RebalanceRequest, context: grpc.aio.ServicerContext) -> pb.RebalanceResponse:
         response = pb.RebalanceResponse()
         async with _audited(context, "Rebalance"):

@@ -18,7 +18,7 @@ import grpc
 from moe_jax.request import MAX_LOGPROBS, Request, SamplingParams, TokenEvent
 from moe_jax.scheduler import QueueFull
 from moe_jax.text import Tokenizer
-from serving.access import caller
+from serving.access import Key, caller
 from serving.admission import MAX_PRIORITY, Owner
 from serving.completions import Completion
 from serving.coordinator import Coordinator, Unavailable
@@ -33,6 +33,10 @@ MAX_REQUEST_ID = 256  # characters
 MAX_STOP = 1024  # characters of a stop string
 _INLINE = 1024  # characters of a prompt that are turned into tokens at once; measured: 1 ms
 _OPTIONAL = ("max_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos", "logprobs")
+
+
+def _owner(key: Key) -> Owner:
+    return Owner(key.name, key.weight, key.max_requests, key.max_tokens)
 
 
 class Inference(rpc.InferenceServicer):
@@ -80,6 +84,11 @@ class Inference(rpc.InferenceServicer):
     def running(self) -> int:
         """Requests that have not ended."""
         return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Of them, those that no rank has been given yet."""
+        return min(self._coordinator.router.ledger.waiting, self.running)
 
     @property
     def unavailable(self) -> str | None:
@@ -169,7 +178,7 @@ class Inference(rpc.InferenceServicer):
             self.check_open()
             yield
         except tuple(CODES) as e:
-            await abort(context, e, self._coordinator.router.retry_after)
+            await abort(context, e, self._coordinator.router.retry_after(_owner(caller())))
         finally:
             self._calls -= 1
 
@@ -210,8 +219,9 @@ class Inference(rpc.InferenceServicer):
         try:
             if asked.priority > MAX_PRIORITY:
                 raise ValueError(f"priority: found {asked.priority}, expected 0 to {MAX_PRIORITY}")
-            owner = Owner(key.name, key.weight, key.max_requests, key.max_tokens)
-            return self._attach_or_submit(await self._request(asked), owner, min(asked.priority, key.max_priority))
+            return self._attach_or_submit(
+                await self._request(asked), _owner(key), min(asked.priority, key.max_priority)
+            )
         except ValueError as e:
             raise Invalid(str(e)) from e
 

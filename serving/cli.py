@@ -330,6 +330,13 @@ def configure_serve(parser: argparse.ArgumentParser) -> None:
         help="move experts when the most loaded rank has X times the mean load; 0: never by itself",
     )
     group.add_argument("--max-queue-tokens", type=_positive, metavar="N", help="of all requests that are accepted")
+    group.add_argument(
+        "--max-queue-seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="that a request may have to wait for its turn",
+    )
     group.add_argument("--max-output-tokens", type=_positive, metavar="N", help="that one request may ask for")
     group.add_argument(
         "--grace", type=float, default=20.0, metavar="S", help="seconds for accepted requests to finish after SIGTERM"
@@ -364,6 +371,7 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
             log_dir=args.log_dir,
             rebalance_above=args.rebalance_above,
             max_queue_tokens=args.max_queue_tokens,
+            max_queue_seconds=args.max_queue_seconds,
             max_output_tokens=args.max_output_tokens,
             grace=args.grace,
             web=args.web,
@@ -381,12 +389,12 @@ def run_serve(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
 
 
 async def _serve(options: Options, say: Callable[[str], None]) -> None:
-    """With a journal the coordinator may die, and so it is a process of its own, apart from what starts workers."""
+    """With a journal the coordinator may die, and so it is a process of its own, apart from what starts it."""
     if options.openai_port is not None:
         from serving import gateway
 
         gateway.find()
-    if options.workers and options.journal is not None:
+    if options.journal is not None:
         from serving.keeper import keep
 
         return await keep(options, say)
@@ -405,6 +413,9 @@ def configure_worker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--platform", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--gpu", type=_natural, metavar="I", help="which visible GPU (default: that of the rank)")
     parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="seconds to go on uncoordinated")
+    parser.add_argument(
+        "--grace", type=float, default=20.0, metavar="S", help="seconds for its requests to move away after SIGTERM"
+    )
     add_credentials(parser)
 
 
@@ -420,7 +431,9 @@ def run_worker(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
     with _bad_input():
         platform = args.platform or guess_platform(os.environ.get("JAX_PLATFORMS"))
         given = credentials(args)
-        options = worker.Options(args.coordinator, args.rank, args.host, platform, args.patience, gpu=args.gpu, **given)
+        options = worker.Options(
+            args.coordinator, args.rank, args.host, platform, args.patience, args.grace, gpu=args.gpu, **given
+        )
         return asyncio.run(worker.supervise(options))
 
 
@@ -577,11 +590,34 @@ def run_drain(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
 
     with _admin(args) as admin:
         left = admin.Drain(pb.DrainRequest(host=args.host), timeout=args.timeout)
-    if args.json:
-        print(json.dumps({"host": args.host, "ranks": list(left.ranks), "epoch": left.epoch}))
-    else:
-        print(f"{args.host}: ranks {' '.join(map(str, left.ranks))} left; the cluster is in epoch {left.epoch}")
+    _print_host(args, left, "left")
     return 0
+
+
+def configure_undrain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("host", metavar="HOST", help="label of the host that was drained")
+    _add_coordinator(parser)
+    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds to wait for it to serve")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def run_undrain(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    from serving.protos import inference_pb2 as pb
+
+    with _admin(args) as admin:
+        back = admin.Undrain(pb.UndrainRequest(host=args.host), timeout=args.timeout)
+    _print_host(args, back, "serve")
+    return 0
+
+
+def _print_host(args: argparse.Namespace, answer: Any, what: str) -> None:
+    """answer: has `ranks` and `epoch`. what: these ranks do now, or did."""
+    ranks = list(answer.ranks)
+    if args.json:
+        print(json.dumps({"host": args.host, "ranks": ranks, "epoch": answer.epoch}))
+    else:
+        named = " ".join(["ranks", *map(str, ranks)]) if ranks else "no ranks"
+        print(f"{args.host}: {named} {what}; the cluster is in epoch {answer.epoch}")
 
 
 # -- key ------------------------------------------------------------------------------------------------------------
@@ -652,6 +688,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("top", "Show what a cluster is doing, live.", configure_top, run_top),
     Command("health", "Say whether new requests are served.", configure_health, run_health),
     Command("drain", "Move a host's requests to others and let it leave.", configure_drain, run_drain),
+    Command("undrain", "Take a drained host back, whose workers the server starts.", configure_undrain, run_undrain),
     Command("key", "Draw an API key.", configure_key, run_key),
     Command("plan", "Place experts, and say what the placement survives.", plan_command.configure, run_plan),
     Command("warmup", "Compile what a cluster and its losses need.", configure_warmup, run_warmup),

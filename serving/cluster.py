@@ -41,6 +41,7 @@ class Cluster:
     engine: str = "serving.engine_process"
     service_host: str = "127.0.0.1"  # of this machine, as engines on others can reach it
     max_tokens: int = 1 << 22  # of the prompts and outputs of all requests that are open
+    max_wait: float = 10.0  # seconds that a new one may have to wait for its turn, as far as can be said
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
 

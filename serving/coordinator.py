@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from serving.frame_server import FrameServer
 from serving.journal import Journal
 from serving.ledger import Entry, Place
 from serving.membership import Membership
-from serving.metrics import Metrics
+from serving.metrics import Metrics, Step
 from serving.protos import cluster_pb2_grpc as rpc
 from serving.rebalancing import Rebalancing
 from serving.recoveries import Recoveries
@@ -70,7 +70,9 @@ class Watcher:
 
     engine_failed: Callable[[int, str, str], None] = lambda rank, kind, text: None  # kind: an exception's name, or ""
     dismissed: Callable[[int, int], None] = lambda rank, pid: None  # its supervisor has been told to exit
-    drained: Callable[[str], None] = lambda host: None  # before its ranks are
+    drained: Callable[[str], None] = lambda host: None  # before its ranks are: nobody shall start them again
+    # It may come back: start its workers. None: who starts them is elsewhere.
+    wanted: Callable[[str], None] | None = None
     changed: Callable[[str, str], None] = lambda state, reason: None
     served: Callable[[m.Epoch], None] = lambda epoch: None  # all its members have entered it
     failed: Callable[[Exception], None] = lambda error: None  # the journal: nothing goes on, close the coordinator
@@ -98,9 +100,15 @@ class Coordinator:
         self._membership.restore_from(*self._journal.last_numbers)
         self._recoveries = Recoveries()
         self.metrics = Metrics()
-        limits, tokens = cluster.limits, cluster.max_tokens
         self.router = Router(
-            self._journal, self._recoveries, self._send, self._journal_failed, limits, tokens, self.metrics
+            self._journal,
+            self._recoveries,
+            self._send,
+            self._journal_failed,
+            cluster.limits,
+            cluster.max_tokens,
+            cluster.max_wait,
+            self.metrics,
         )
         self._actions: deque[m.Action] = deque()
         self._acting = False
@@ -114,6 +122,8 @@ class Coordinator:
         self._draining: dict[str, tuple[set[int], asyncio.Future[None]]] = {}  # host: incarnations that shall leave
         self._moved: asyncio.Future[str] | None = None  # the cause of the epoch that serves when no more is to move
         self.rebalancing = Rebalancing(self, cluster.policy)
+        self._background: set[asyncio.Task[None]] = set()
+        self._to_drain: list[str] = []  # hosts that another coordinator was draining
         self._served = False  # ever
         self._compiled = 0  # programs, by engines of the mesh since then
         self._tick_at = 0.0
@@ -196,13 +206,14 @@ class Coordinator:
         """Serve a request: `listener` hears every token of it, from the first on, in order, once.
 
         The same request again attaches another listener, also if it ended a while ago. wait: accept it also while
-        nothing can be served. owner: whose bounds it counts for, and whose turn it waits for.
+        nothing can be served, and however long it will wait. owner: whose bounds it counts for, and whose turn it
+        waits for.
         Raises ValueError for what can never be served, ledger.AlreadyExists, scheduler.QueueFull, Unavailable.
         """
         self.cluster.limits.check(request)
         if not wait and self.unservable is not None and self.router.ledger.find(request.request_id) is None:
             raise Unavailable(self.unservable)
-        return self.router.submit(request, listener, owner, priority)
+        return self.router.submit(request, listener, owner, priority, wait)
 
     def finish(self, entry: Entry) -> None:
         """Its text is complete, by a stop string of which the engine does not know. Nothing more is heard of it."""
@@ -283,6 +294,17 @@ class Coordinator:
             stream.ill_since = time.monotonic()
             self._do(self._membership.lost(stream.rank, stream.incarnation, reason, stream.ill_since))
 
+    def worker_leaves(self, stream: WorkerStream) -> None:
+        self._start_task(self._let_go(stream))
+
+    async def _let_go(self, stream: WorkerStream) -> None:
+        """It ends in any case, so the other ranks of its host leave with it, while that can be done in order."""
+        try:
+            await self.drain(stream.host, away=False)
+        except (LookupError, Unavailable) as e:
+            log.warning("rank %d: ends without having been drained: %s", stream.rank, e)
+            stream.dismiss("it was told to end")
+
     def worker_gone(self, stream: WorkerStream, reason: str) -> None:
         now = time.monotonic()
         stream.ill_since = stream.ill_since or now
@@ -311,7 +333,7 @@ class Coordinator:
                 case "events":
                     stream.steps = body.get("steps", stream.steps + 1)
                     stream.usage = body.get("usage")
-                    self.router.take_events(rank, incarnation, body["events"])
+                    self.router.take_events(incarnation, Step(body["epoch"], rank, stream.steps), body["events"])
                 case "score":
                     self.router.take_score(rank, incarnation, message)
                 case "arrived":
@@ -421,6 +443,7 @@ class Coordinator:
             log.info("took over ranks %s in epoch %d", [s.rank for s in found], epoch.number)
             self._served = True
             self._taken_over = [s.rank for s in found]
+            self._to_drain = list(self._journal.get("draining", ()) or ())
             orders = self._journal.orders(epoch.generation)
             self._epochs = dict.fromkeys(epoch.incarnations, len(orders))  # at most
             actions = self._membership.take_over(epoch, takeover.nodes, orders, takeover.entered, now)
@@ -490,6 +513,7 @@ class Coordinator:
                         self._moved.set_result(cause)
                     self._moved = None
                 self.router.place()
+                self._drain_on()
                 if self.cluster.repairs is not None:
                     self.cluster.repairs.expect(epoch.slots, epoch.order)
                 self.watcher.served(epoch)
@@ -633,27 +657,77 @@ class Coordinator:
     async def drain(self, host: str, away: bool = True) -> dict[str, Any]:
         """Move a host's requests away and let its ranks leave; {"ranks": those, "epoch": the first without them}.
 
-        away: they are not started again here; otherwise they come back as new processes.
+        away: they are not started again here until `undrain`, and a coordinator that takes over goes on with it;
+        otherwise they come back as new processes. Where none is present there is nothing to wait for.
         Raises LookupError for an unknown host, Unavailable when the others could not hold all experts, or not now.
         """
-        hosts = self.cluster.rules.hosts
-        if host not in hosts:
-            raise LookupError(f"host: found {host!r}, expected one of {', '.join(sorted(set(hosts)))}")
+        self._check_host(host)
         ranks = [r for r, s in sorted(self._current.items()) if s.host == host and s.dismissed is None]
-        if away and host in self._draining:
-            self.watcher.drained(host)
-        if host not in self._draining:
+        actions: list[m.Action] = []
+        if ranks and host not in self._draining:
             refused, actions = self._membership.drain(host, time.monotonic())
             if refused is not None:
                 raise Unavailable(refused)
             left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            left.add_done_callback(lambda _: self._draining.pop(host, None))
+            left.add_done_callback(lambda _: self._drained(host, away))
             self._draining[host] = {self._current[r].incarnation for r in ranks}, left
             if away:
-                self.watcher.drained(host)
-            self._do(actions)
-        await asyncio.shield(self._draining[host][1])  # whoever else asked for it waits for the same
+                self._keep_drains(host, True)
+        if away:
+            self.watcher.drained(host)
+        self._do(actions)
+        if host in self._draining:
+            await asyncio.shield(self._draining[host][1])  # whoever else asked for it waits for the same
         return {"ranks": ranks, "epoch": self._membership.status()["epoch"]}
+
+    async def undrain(self, host: str) -> dict[str, Any]:
+        """Have a drained host's workers started again; {"ranks": its, "epoch": one in which they serve}.
+
+        Raises LookupError for an unknown host, Unavailable while it still leaves, or when they are not started here.
+        """
+        self._check_host(host)
+        if host in self._draining:
+            raise Unavailable(f"host {host}: found a drain that is not over, expected none: try again then")
+        if self.watcher.wanted is None:
+            raise Unavailable(f"host {host}: its workers are not started from here: start `moe-jax worker` on it again")
+        self.watcher.wanted(host)
+        ranks = {r for r, name in enumerate(self.cluster.rules.hosts) if name == host}
+        while not ranks <= self.router.members.keys():
+            await asyncio.sleep(0.05)
+        return {"ranks": sorted(ranks), "epoch": self._membership.status()["epoch"]}
+
+    def _check_host(self, host: str) -> None:
+        if host not in self.cluster.rules.hosts:
+            expected = ", ".join(sorted(set(self.cluster.rules.hosts)))
+            raise LookupError(f"host: found {host!r}, expected one of {expected}")
+
+    def _drained(self, host: str, away: bool) -> None:
+        del self._draining[host]
+        if away:
+            self._keep_drains(host, False)
+
+    def _keep_drains(self, host: str, begun: bool) -> None:
+        """For the next coordinator, should this one not see the end of it."""
+        others = [name for name in self._journal.get("draining", ()) or () if name != host]
+        self.router.keep(lambda: self._journal.put("draining", [*others, *([host] if begun else [])]))
+
+    def _drain_on(self) -> None:
+        """Take up what the last coordinator was at; all that it takes is known again."""
+
+        async def drain(host: str) -> None:
+            try:
+                await self.drain(host)
+            except Unavailable as e:
+                log.warning("host %s: its drain is given up: %s", host, e)
+                self._keep_drains(host, False)
+
+        hosts, self._to_drain = self._to_drain, []
+        for host in hosts:
+            self._start_task(drain(host))
+
+    def _start_task(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self._background.add(task := asyncio.ensure_future(coroutine))
+        task.add_done_callback(self._background.discard)
 
     @property
     def placement(self) -> m.Epoch:

@@ -1,8 +1,13 @@
 """The process of a coordinator that is kept running: `python -m serving.coordinator_process FD` (serving.keeper).
 
-The channel FD brings the options, and later which local workers have ended. It says
+The channel FD brings
 
-    listening {address}, say {line}, dismissed {rank, pid}, hold {host}, failed {kind, message}
+    options {…}, serve {address}, worker_ended {rank, code, what}
+
+Between the first two it stands by: all is loaded that takes time, and nothing is touched that another coordinator may
+have, neither journal nor address. It says
+
+    listening {address}, say {line}, dismissed {rank, pid}, hold {host}, release {host}, failed {kind, message}
 
 and when the channel is closed it ends, with everything that belongs to it.
 """
@@ -14,8 +19,9 @@ import logging
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
-from serving.channel import Channel, ChannelClosed, Decoder, encode
+from serving.channel import Decoder, encode
 from serving.options import Options
 from serving.pipe import Pipe
 
@@ -23,11 +29,14 @@ from serving.pipe import Pipe
 class Link:
     """To the process that keeps this one and has the launcher. Belongs to the running event loop."""
 
-    def __init__(self, sock: socket.socket, ended: Callable[[], None]) -> None:
-        """ended: the other process is no more."""
+    def __init__(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
         self.worker_ended: Callable[[int, int | None, str], None] = lambda rank, code, what: None
+        self.options: asyncio.Future[Options] = loop.create_future()
+        self.address: asyncio.Future[str] = loop.create_future()  # where to serve, once it is time to
+        self.gone = asyncio.Event()  # the other process is no more
         self._decoder = Decoder()
-        self._pipe = Pipe(sock.fileno(), self._received, ended)
+        self._pipe = Pipe(sock.fileno(), self._received, self.gone.set)
         sock.close()
 
     def listening(self, address: str) -> None:
@@ -48,28 +57,42 @@ class Link:
     def hold(self, host: str) -> None:
         self._pipe.write(encode({"type": "hold", "host": host}))
 
+    def release(self, host: str) -> None:
+        self._pipe.write(encode({"type": "release", "host": host}))
+
     async def close(self) -> None:
         """The workers are not this process's to end."""
 
     def _received(self, data: bytes) -> None:
         for message in self._decoder.feed(data):
-            body = message.body
-            self.worker_ended(body["rank"], body["code"], body["what"])
+            match message.body:
+                case {"type": "options", "options": options}:
+                    self.options.set_result(Options.from_json(options))
+                case {"type": "serve", "address": address}:
+                    self.address.set_result(address)
+                case {"type": "worker_ended", "rank": rank, "code": code, "what": what}:
+                    self.worker_ended(rank, code, what)
+
+
+async def run(link: Link) -> None:
+    """Raises as serving.server.serve."""
+    options = await link.options
+    from serving import server
+
+    prepared = server.prepare(options)
+    address = await link.address
+    await server.serve(replace(options, address=address), *prepared, link.say, link, link.gone)
 
 
 async def main() -> None:
-    sock = socket.socket(fileno=int(sys.argv[1]))
-    channel = Channel(sock)
-    try:
-        options = Options.from_json(channel.receive()[0].body)
-    except ChannelClosed:
+    link = Link(socket.socket(fileno=int(sys.argv[1])))
+    running, gone = asyncio.create_task(run(link)), asyncio.create_task(link.gone.wait())
+    # While it serves, that is how it learns that it is alone. Before that there is nothing to end.
+    await asyncio.wait([running, gone], return_when=asyncio.FIRST_COMPLETED)
+    if not running.done() and not link.address.done():
         return
-    from serving import server
-
-    gone = asyncio.Event()
-    link = Link(sock, gone.set)
     try:
-        await server.serve(options, *server.prepare(options), link.say, link, gone)
+        await running
     except (ValueError, OSError, RuntimeError) as e:
         link.failed(e)
 

@@ -100,8 +100,16 @@ class Launcher:
                 self.kill(worker.rank)
 
     def hold(self, host: str) -> None:
-        """Do not start this host's workers again, until `start` says so: it was drained."""
+        """Do not start this host's workers again, until `release`: it was drained."""
         self._held.add(host)
+        for worker in self._workers:
+            if worker.host == host and worker.restart is not None:
+                worker.restart.cancel()
+
+    def release(self, host: str) -> None:
+        """Start what is not running of a host that was held."""
+        self.hold(host)  # nothing is about to be started
+        self.start([worker.rank for worker in self._workers if worker.host == host])
 
     def retire(self) -> None:
         """Whatever ends from now on is not started again: `close` follows."""

@@ -221,6 +221,10 @@ class Ledger:
         """Jobs without a place."""
         return len(self._waiting)
 
+    def ahead(self, owner: Owner, priority: int = 0) -> int:
+        """Of them, those that have their turn before a new one."""
+        return self._waiting.ahead(owner, priority)
+
     def load(self, place: Place) -> Load:
         return self._loads.get(place, _IDLE)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -25,6 +25,14 @@ PHASES = ("detect", "fence", "agree", "fail", "load", "compile", "rebuild", "res
 requests_log = logging.getLogger("moe_jax.requests")
 
 
+class Step(NamedTuple):
+    """Of an engine, as it says with the tokens that it made."""
+
+    epoch: int
+    rank: int
+    number: int  # counted by the engine since its start
+
+
 @dataclass(slots=True)
 class Times:
     """Of one open request, in seconds of time.monotonic."""
@@ -34,7 +42,8 @@ class Times:
     placed: float | None = None
     first: float | None = None  # token
     last: float | None = None
-    moves: int = 0  # places it has had to leave
+    places: list[tuple[float, int]] = field(default_factory=list)  # when it was given to which rank
+    steps: list[tuple[float, Step]] | None = None  # of each token; None: nobody keeps traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,6 @@ class Finished:
     tokens: int
     times: Times
     ended: float
-    ranks: tuple[int, ...]  # that it was given to, in order
 
 
 class Metrics:
@@ -56,7 +64,6 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.finished: list[Callable[[Finished], None]] = []  # to be told of each request that ends
         self._open: dict[int, Times] = {}  # by the request's key
-        self._ranks: dict[int, list[int]] = {}
 
         def histogram(name: str, text: str, buckets: Sequence[float] = _SLOW, labels: Sequence[str] = ()) -> Histogram:
             return Histogram(f"moe_jax_{name}", text, labels, registry=registry, buckets=buckets)
@@ -77,20 +84,18 @@ class Metrics:
     # As it happens
 
     def accepted(self, key: int, now: float) -> None:
-        self._open[key] = Times(now, trace_parent())
+        self._open[key] = Times(now, trace_parent(), steps=[] if self.finished else None)
 
     def placed(self, key: int, rank: int, now: float) -> None:
         times = self._open.get(key)
         if times is None:  # no request, but a score
             return
-        ranks = self._ranks.setdefault(key, [])
-        times.moves += bool(ranks)
-        ranks.append(rank)
+        times.places.append((now, rank))
         if times.placed is None:
             times.placed = now
             self._queued.observe(now - times.accepted)
 
-    def token(self, key: int, now: float) -> None:
+    def token(self, key: int, now: float, step: Step) -> None:
         times = self._open.get(key)
         if times is None:
             return
@@ -101,9 +106,11 @@ class Metrics:
             self._first_token.observe(now - times.accepted)
             self._prefill.observe(now - (times.placed or times.accepted))
         times.last = now
+        if times.steps is not None:
+            times.steps.append((now, step))
 
     def ended(self, key: int, request_id: str, owner: str, reason: str, prompt: int, tokens: int, now: float) -> None:
-        times, ranks = self._open.pop(key, None), tuple(self._ranks.pop(key, ()))
+        times = self._open.pop(key, None)
         if times is None:
             return
         self._success.labels(reason).inc()
@@ -111,7 +118,10 @@ class Metrics:
             self._whole.observe(now - times.accepted)
             if times.first is not None:
                 self._decode.observe(now - times.first)
-        done = Finished(request_id, owner, reason, prompt, tokens, times, now, ranks)
+        done, ranks = (
+            Finished(request_id, owner, reason, prompt, tokens, times, now),
+            [rank for _, rank in times.places],
+        )
         requests_log.info(
             "%s: %s after %d tokens in %.3f s",
             *(request_id, reason, tokens, now - times.accepted),

@@ -28,6 +28,7 @@ class Options:
     cluster_token: str | None = None
     rebalance_above: float = 1.25  # imbalance; 0: never by itself
     max_queue_tokens: int | None = None  # of all open requests; None: four times what the caches hold
+    max_queue_seconds: float = 10.0  # that a new request may have to wait for its turn
     max_output_tokens: int | None = None  # of one request; None: as many as fit
     web: str | None = None  # host:port of status page and metrics
     openai_port: int | None = None  # of the gateway

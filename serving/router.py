@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from moe_jax.request import Request, TokenEvent
-from moe_jax.scheduler import Limits
-from serving.admission import Owner
+from moe_jax.scheduler import Limits, QueueFull
+from serving.admission import Owner, Pace
 from serving.channel import Message, encode
 from serving.journal import Journal
 from serving.ledger import Entry, Ledger, Place, Score
 from serving.membership import Epoch
-from serving.metrics import Metrics
+from serving.metrics import Metrics, Step
 from serving.recoveries import Recoveries
 
 _NOBODY = Owner()
@@ -61,11 +61,13 @@ class Router:
         failed: Callable[[Exception], None],
         limits: Limits,
         max_tokens: int,
+        max_wait: float,
         metrics: Metrics,
     ) -> None:
         """Requests that the journal knows go on. send: frames to the engine of an incarnation, if there is one.
         failed: the journal cannot be written, and nobody may hear of anything any more. limits: of one rank.
-        max_tokens: of all requests."""
+        max_tokens: of all requests. max_wait: seconds that a request may have to wait for its turn, as far as can be
+        said when it comes."""
         self._journal, self._recoveries, self._send, self._failed = journal, recoveries, send, failed
         self.ledger = Ledger(
             lambda: int.from_bytes(os.urandom(8)),
@@ -79,7 +81,7 @@ class Router:
         self._metrics = metrics
         for entry in journal.unfinished:
             metrics.accepted(entry.key, time.monotonic())
-        self._finishes = 0.0, 1.0  # when a request ended last, and seconds between two that do, smoothed
+        self._max_wait, self._pace = max_wait, Pace()
         self.ledger.restore(journal.unfinished)
         self.members: dict[int, int] = {}  # rank: incarnation of those that may be given work
         self.bell = 0
@@ -89,13 +91,19 @@ class Router:
 
     # Clients
 
-    def submit(self, request: Request, listener: Listener, owner: Owner = _NOBODY, priority: int = 0) -> Entry:
-        """As Coordinator.submit, for a request that has been checked."""
+    def submit(
+        self, request: Request, listener: Listener, owner: Owner = _NOBODY, priority: int = 0, patient: bool = False
+    ) -> Entry:
+        """As Coordinator.submit, for a request that has been checked. patient: however long it has to wait."""
         ended = None if self.ledger.find(request.request_id) else self._journal.ended(request.request_id)
         if ended is not None and ended.asked == request and ended.owner.name == owner.name:
             for event in ended.events():
                 listener(event)
             return ended
+        if not patient and self.ledger.find(request.request_id) is None:
+            self._check_wait(owner, priority)
+        if not self.ledger:
+            self._pace.began(time.monotonic())
         entry, is_new = self.ledger.accept(request, owner, priority)
         if is_new:
             try:
@@ -110,12 +118,15 @@ class Router:
         self.place()
         return entry
 
-    @property
-    def retry_after(self) -> float:
+    def _check_wait(self, owner: Owner, priority: int) -> None:
+        wait = self._pace.wait(self.ledger.ahead(owner, priority))
+        if wait > self._max_wait:
+            self.ledger.counts.refused += 1
+            raise QueueFull(f"queue: found {wait:.1f} s to wait, expected at most {self._max_wait:g}: try again later")
+
+    def retry_after(self, owner: Owner) -> float:
         """Seconds until what waits now will have had its turn, if all goes on as it did."""
-        last, interval = self._finishes
-        interval = max(interval, min(time.monotonic() - last, 10.0) / 4)
-        return min(max(interval * (self.ledger.waiting + 1), 0.1), 60.0)
+        return min(max(self._pace.wait(self.ledger.ahead(owner) + 1), 0.1), 60.0)
 
     def finish(self, entry: Entry) -> None:
         """Its text is complete, by a stop string of which the engine does not know."""
@@ -145,10 +156,9 @@ class Router:
         self.place()
 
     def _note_end(self, entry: Entry) -> None:
-        last, interval = self._finishes
-        now, asked = time.monotonic(), entry.asked
-        self._finishes = now, interval + 0.05 * (min(now - last, 10.0) - interval)
-        reason = entry.finish_reason or "stop"
+        now, asked, reason = time.monotonic(), entry.asked, entry.finish_reason or "stop"
+        if reason != "abort":
+            self._pace.ended(now)
         tokens = len(entry.tokens)
         self._metrics.ended(entry.key, asked.request_id, entry.owner.name, reason, len(asked.token_ids), tokens, now)
 
@@ -199,9 +209,9 @@ class Router:
 
     # Engines
 
-    def take_events(self, rank: int, incarnation: int, packed: list[Any]) -> None:
+    def take_events(self, incarnation: int, step: Step, packed: list[Any]) -> None:
         """A step's tokens: into the ledger, into the journal, to the clients."""
-        taken = [t for p in packed if (t := self.ledger.take(rank, incarnation, p)) is not None]
+        taken = [t for p in packed if (t := self.ledger.take(step.rank, incarnation, p)) is not None]
         if not taken:
             return
         self.keep(lambda: self._keep_tokens(taken))
@@ -211,7 +221,7 @@ class Router:
             if listeners is None:
                 continue  # its text ended with a token before this one
             self._recoveries.published(entry.key, now)
-            self._metrics.token(entry.key, now)
+            self._metrics.token(entry.key, now, step)
             if event.finish_reason is not None:
                 del self._listeners[entry.key]
                 self._recoveries.ended(entry.key)

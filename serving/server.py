@@ -59,6 +59,7 @@ class Launching(Protocol):
 
     def dismissed(self, rank: int, pid: int) -> None: ...
     def hold(self, host: str) -> None: ...
+    def release(self, host: str) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -70,8 +71,11 @@ class Keeping(Launching, Protocol):
     def listening(self, address: str) -> None: ...
 
 
-def prepare(options: Options) -> tuple[Cluster, ModelConfig]:
-    """Raises ValueError (CheckpointError, ConfigError) for a model or options that cannot be served."""
+def prepare(options: Options) -> tuple[Cluster, ModelConfig, Tokenizer]:
+    """What `serve` needs, as far as it can be had before its time.
+
+    Raises ValueError (CheckpointError, ConfigError) for a model or options that cannot be served.
+    """
     labels = host_labels(options.hosts, options.ranks_per_host)
     if options.workers:
         for rank in range(len(labels)):
@@ -95,13 +99,16 @@ def prepare(options: Options) -> tuple[Cluster, ModelConfig]:
     limits, tokens = cluster.limits, options.max_queue_tokens
     if tokens is None:
         tokens = max(_QUEUE * len(labels) * limits.num_pages * limits.page_size, 2 * limits.max_model_len)
-    cluster = replace(cluster, max_tokens=tokens)
+    cluster, tokenizer = (
+        replace(cluster, max_tokens=tokens, max_wait=options.max_queue_seconds),
+        Tokenizer.from_directory(options.model),
+    )
     if options.workers:
-        return cluster, model
+        return cluster, model, tokenizer
     host = options.address.rpartition(":")[0]
     if host in ("", "0.0.0.0", "[::]"):
         raise ValueError(f"address: found host {host!r}, expected one that workers on other machines can reach")
-    return replace(cluster, service_host=host), model
+    return replace(cluster, service_host=host), model, tokenizer
 
 
 class Server:
@@ -215,6 +222,7 @@ class Server:
         """Its workers are this cluster's."""
         self.launcher = launcher
         self.watcher.dismissed, self.watcher.drained = launcher.dismissed, launcher.hold
+        self.watcher.wanted = launcher.release if self._restart else None
         if self._restart:
             self._recycling = asyncio.ensure_future(recycle(self.coordinator))
 
@@ -289,13 +297,16 @@ async def serve(
     options: Options,
     cluster: Cluster,
     model: ModelConfig,
+    tokenizer: Tokenizer,
     say: Callable[[str], None],
     keeper: Keeping | None = None,
     kept: asyncio.Event | None = None,
 ) -> None:
-    """Until SIGTERM or SIGINT, and then as long as accepted requests take, but no longer than options.grace. `say` gets
-    one line, when requests are served for the first time. keeper: it has the local workers; when it is gone `kept` is
-    set, and then this ends at once.
+    """cluster, model, tokenizer: as `prepare` has made them of the options.
+
+    Until SIGTERM or SIGINT, and then as long as accepted requests take, but no longer than options.grace. `say` gets
+    one line, when requests are served for the first time. keeper: it has the local workers, if there are any; when it
+    is gone `kept` is set, and then this ends at once.
 
     Raises ValueError for what a worker or a journal found wrong with the model or the options, RuntimeError for
     workers that do not start or a journal that cannot be written, OSError for an address or a directory that cannot be
@@ -307,7 +318,6 @@ async def serve(
     for directory in (options.journal, options.log_dir):
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer.from_directory(options.model)
     journal = Journal(None if options.journal is None else options.journal / "journal.sqlite")
     eos = tokenizer.eos_token_ids or model.eos_token_ids
     keys = None if options.api_keys is None else read_keys(options.api_keys)
@@ -341,8 +351,9 @@ async def serve(
         if options.openai_port is not None and keeper is None:
             gateway = Gateway(address, options.openai_port, options.model)
         if keeper is not None:
-            server.use(keeper)
-            keeper.worker_ended = server.worker_ended
+            if options.workers:
+                server.use(keeper)
+                keeper.worker_ended = server.worker_ended
             keeper.listening(address)
         elif options.workers:
             server.start_workers(options.platform, options.log_dir)

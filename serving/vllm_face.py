@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,13 @@ class VllmEngine(rpc.VllmEngineServicer):
             server_type="vllm-grpc",
             data_parallel_size=1,
         )
+
+    async def GetLoads(self, request: vllm.GetLoadsRequest, context: grpc.aio.ServicerContext) -> vllm.GetLoadsResponse:
+        """All ranks as one: which of them takes a request is not the gateway's to say."""
+        running, waiting = self._inference.running, self._inference.waiting
+        load = vllm.SchedulerLoad(num_running_reqs=running - waiting, num_waiting_reqs=waiting, num_total_reqs=running)
+        now = datetime.now(UTC).isoformat()
+        return vllm.GetLoadsResponse(timestamp=now, dp_rank_count=1, loads=[load])
 
 
 def _translate(request: vllm.GenerateRequest, max_tokens: int) -> list[pb.GenerateRequest]:

@@ -1,4 +1,6 @@
-"""Messages that are none: who sends them is told so by INVALID_ARGUMENT, where gRPC itself would say INTERNAL."""
+"""Messages that are none, and methods that are not offered: who sends them is told so by INVALID_ARGUMENT and
+UNIMPLEMENTED, where gRPC itself would say INTERNAL and UNKNOWN.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +35,9 @@ class WellFormed(grpc.aio.ServerInterceptor):
             if isinstance(request, DecodeError):
                 text = f"message: found {str(request) or 'bytes that are none'}, expected one of this call's type"
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text[:500])
-            return await behaviour(request, context)
+            try:
+                return await behaviour(request, context)
+            except NotImplementedError:  # by generated code, whose place nothing has taken
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{handler_call_details.method}: not offered here")
 
         return handler._replace(request_deserializer=lenient, **{name: checked})

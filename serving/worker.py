@@ -5,6 +5,9 @@ a collective or a compilation for any length of time. It passes the engine's fra
 five times a second that it lives and whether its engine does. A worker is both processes or none: when the engine ends
 it reports that and exits, and whatever ends it takes the engine along.
 
+SIGTERM and SIGINT: it asks for its host's requests to be moved away and ends when they have been, or some seconds
+later; a second signal ends it at once.
+
 Exit codes: 75 dismissed by the coordinator (start it again, if it shall come back), 1 failed, 0 told to end.
 """
 
@@ -54,6 +57,7 @@ GRPC_OPTIONS = (
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # what `read` gives at the end of a stream
 _LOOK = 0.1  # seconds between two looks at the engine and the parent
 _RETRY = (0.05, 0.5)  # seconds: the first and the longest pause between two tries to reach the coordinator
+_LONGER = 1.25  # times, from one pause to the next: they stay about a fifth of the time it has been away
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Options:
     host: str
     platform: Platform
     patience: float = 30.0  # seconds without a coordinator
+    grace: float = 20.0  # seconds from a signal to end to ending
     engine: str = "serving.engine_process"  # a module; tests have another
     parent: int | None = None  # socket whose end means to exit
     tls: Tls | None = None  # None: the coordinator speaks none
@@ -82,7 +87,7 @@ class Supervisor:
         self._engine: Child | None = None
         self._relay: Relay | None = None
         self._outgoing: asyncio.Queue[pb.WorkerMessage] = asyncio.Queue()
-        self._connected = self._failed = False
+        self._connected = self._failed = self._leaving = False
         self._incarnation = 0
         self._parent = os.getppid()
         self._parent_pipe: Pipe | None = None
@@ -92,7 +97,7 @@ class Supervisor:
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._exit, 0)
+            loop.add_signal_handler(number, self._leave)
         tasks = [asyncio.create_task(self._look()), asyncio.create_task(self._stay_connected())]
         try:
             await asyncio.wait([self.exit_code, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -106,6 +111,14 @@ class Supervisor:
     def _exit(self, code: int) -> None:
         if not self.exit_code.done():
             self.exit_code.set_result(code)
+
+    def _leave(self) -> None:
+        """Whoever has no engine, or nobody to tell, has nothing to move."""
+        if self._leaving or self._engine is None or not self._connected:
+            return self._exit(0)
+        self._leaving = True
+        self._outgoing.put_nowait(pb.WorkerMessage(leaving=pb.Leaving()))
+        asyncio.get_running_loop().call_later(self.options.grace, self._exit, 0)
 
     # The coordinator
 
@@ -125,15 +138,15 @@ class Supervisor:
                 error = e.details()
             else:
                 error = "it closed the stream"
-            if self._failed:
-                return self._exit(1)
+            if self._failed or self._leaving:
+                return self._exit(1 if self._failed else 0)
             if heard:
                 pause, since = _RETRY[0], time.monotonic()
             if time.monotonic() - since > self.options.patience:
                 _say(f"coordinator {self.options.coordinator}: not reached for {self.options.patience:g} s: {error}")
                 self._exit(1)
             await asyncio.sleep(pause)
-            pause = min(2 * pause, _RETRY[1])
+            pause = min(_LONGER * pause, _RETRY[1])
 
     def _channel(self) -> grpc.aio.Channel:
         address, tls = self.options.coordinator, self.options.tls
@@ -178,7 +191,7 @@ class Supervisor:
                 self._attach_engine(message.attach)
             case "dismiss":
                 _say(f"dismissed: {message.dismiss.reason}")
-                self._exit(1 if self._failed else DISMISSED)
+                self._exit(1 if self._failed else 0 if self._leaving else DISMISSED)
 
     # The engine
 
@@ -261,6 +274,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--platform", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="seconds to go on uncoordinated")
     add_credentials(parser)
+    parser.add_argument("--grace", type=float, default=20.0, metavar="S", help="seconds to leave in, after SIGTERM")
     parser.add_argument("--engine", default=Options.engine, help=argparse.SUPPRESS)
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -271,6 +285,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         args.host,
         platform,
         args.patience,
+        args.grace,
         args.engine,
         args.parent,
         **credentials(args),

@@ -130,6 +130,10 @@ class Workers(Protocol):
         """Its engine ended. Whether the worker may stay, to be told to start another."""
         ...
 
+    def worker_leaves(self, stream: WorkerStream) -> None:
+        """It was told to end, and waits to be dismissed."""
+        ...
+
     def worker_gone(self, stream: WorkerStream, reason: str) -> None:
         """The stream is no more; nothing follows."""
         ...
@@ -171,6 +175,8 @@ class ClusterService(rpc.ClusterServicer):
             case "heartbeat":
                 beat = message.heartbeat
                 self._workers.worker_beat(stream, beat.engine_running, beat.engine_stopped)
+            case "leaving":
+                self._workers.worker_leaves(stream)
             case "ended":
                 return self._workers.worker_ended(stream, message.ended.reason)
         return True

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cserving/protos/cluster.proto\x12\nmoe_jax.v1\"\x91\x01\n\rWorkerMessage\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.moe_jax.v1.HelloH\x00\x12*\n\theartbeat\x18\x02 \x01(\x0b\x32\x15.moe_jax.v1.HeartbeatH\x00\x12(\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x17.moe_jax.v1.EngineEndedH\x00\x42\x06\n\x04kind\"f\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x13\n\x0bincarnation\x18\x06 \x01(\x04\";\n\tHeartbeat\x12\x16\n\x0e\x65ngine_running\x18\x01 \x01(\x08\x12\x16\n\x0e\x65ngine_stopped\x18\x02 \x01(\x08\"\x1d\n\x0b\x45ngineEnded\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xbc\x01\n\x12\x43oordinatorMessage\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.moe_jax.v1.WelcomeH\x00\x12(\n\x05start\x18\x02 \x01(\x0b\x32\x17.moe_jax.v1.StartEngineH\x00\x12&\n\x07\x64ismiss\x18\x03 \x01(\x0b\x32\x13.moe_jax.v1.DismissH\x00\x12$\n\x06\x61ttach\x18\x04 \x01(\x0b\x32\x12.moe_jax.v1.AttachH\x00\x42\x06\n\x04kind\"\x1e\n\x07Welcome\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\"Q\n\x0bStartEngine\x12\x12\n\nstart_json\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\"#\n\x06\x41ttach\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\t\"\x19\n\x07\x44ismiss\x12\x0e\n\x06reason\x18\x01 \x01(\t2S\n\x07\x43luster\x12H\n\x07\x43ontrol\x12\x19.moe_jax.v1.WorkerMessage\x1a\x1e.moe_jax.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cserving/protos/cluster.proto\x12\nmoe_jax.v1\"\xb9\x01\n\rWorkerMessage\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.moe_jax.v1.HelloH\x00\x12*\n\theartbeat\x18\x02 \x01(\x0b\x32\x15.moe_jax.v1.HeartbeatH\x00\x12(\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x17.moe_jax.v1.EngineEndedH\x00\x12&\n\x07leaving\x18\x04 \x01(\x0b\x32\x13.moe_jax.v1.LeavingH\x00\x42\x06\n\x04kind\"f\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x13\n\x0bincarnation\x18\x06 \x01(\x04\";\n\tHeartbeat\x12\x16\n\x0e\x65ngine_running\x18\x01 \x01(\x08\x12\x16\n\x0e\x65ngine_stopped\x18\x02 \x01(\x08\"\t\n\x07Leaving\"\x1d\n\x0b\x45ngineEnded\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xbc\x01\n\x12\x43oordinatorMessage\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.moe_jax.v1.WelcomeH\x00\x12(\n\x05start\x18\x02 \x01(\x0b\x32\x17.moe_jax.v1.StartEngineH\x00\x12&\n\x07\x64ismiss\x18\x03 \x01(\x0b\x32\x13.moe_jax.v1.DismissH\x00\x12$\n\x06\x61ttach\x18\x04 \x01(\x0b\x32\x12.moe_jax.v1.AttachH\x00\x42\x06\n\x04kind\"\x1e\n\x07Welcome\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\"Q\n\x0bStartEngine\x12\x12\n\nstart_json\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\"#\n\x06\x41ttach\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\t\"\x19\n\x07\x44ismiss\x12\x0e\n\x06reason\x18\x01 \x01(\t2S\n\x07\x43luster\x12H\n\x07\x43ontrol\x12\x19.moe_jax.v1.WorkerMessage\x1a\x1e.moe_jax.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,23 +32,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'serving.protos.cluster_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERMESSAGE']._serialized_start=45
-  _globals['_WORKERMESSAGE']._serialized_end=190
-  _globals['_HELLO']._serialized_start=192
-  _globals['_HELLO']._serialized_end=294
-  _globals['_HEARTBEAT']._serialized_start=296
-  _globals['_HEARTBEAT']._serialized_end=355
-  _globals['_ENGINEENDED']._serialized_start=357
-  _globals['_ENGINEENDED']._serialized_end=386
-  _globals['_COORDINATORMESSAGE']._serialized_start=389
-  _globals['_COORDINATORMESSAGE']._serialized_end=577
-  _globals['_WELCOME']._serialized_start=579
-  _globals['_WELCOME']._serialized_end=609
-  _globals['_STARTENGINE']._serialized_start=611
-  _globals['_STARTENGINE']._serialized_end=692
-  _globals['_ATTACH']._serialized_start=694
-  _globals['_ATTACH']._serialized_end=729
-  _globals['_DISMISS']._serialized_start=731
-  _globals['_DISMISS']._serialized_end=756
-  _globals['_CLUSTER']._serialized_start=758
-  _globals['_CLUSTER']._serialized_end=841
+  _globals['_WORKERMESSAGE']._serialized_end=230
+  _globals['_HELLO']._serialized_start=232
+  _globals['_HELLO']._serialized_end=334
+  _globals['_HEARTBEAT']._serialized_start=336
+  _globals['_HEARTBEAT']._serialized_end=395
+  _globals['_LEAVING']._serialized_start=397
+  _globals['_LEAVING']._serialized_end=406
+  _globals['_ENGINEENDED']._serialized_start=408
+  _globals['_ENGINEENDED']._serialized_end=437
+  _globals['_COORDINATORMESSAGE']._serialized_start=440
+  _globals['_COORDINATORMESSAGE']._serialized_end=628
+  _globals['_WELCOME']._serialized_start=630
+  _globals['_WELCOME']._serialized_end=660
+  _globals['_STARTENGINE']._serialized_start=662
+  _globals['_STARTENGINE']._serialized_end=743
+  _globals['_ATTACH']._serialized_start=745
+  _globals['_ATTACH']._serialized_end=780
+  _globals['_DISMISS']._serialized_start=782
+  _globals['_DISMISS']._serialized_end=807
+  _globals['_CLUSTER']._serialized_start=809
+  _globals['_CLUSTER']._serialized_end=892
 # @@protoc_insertion_point(module_scope)

@@ -419,6 +419,11 @@ class AdminStub(object):
                 request_serializer=serving_dot_protos_dot_inference__pb2.DrainRequest.SerializeToString,
                 response_deserializer=serving_dot_protos_dot_inference__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Undrain = channel.unary_unary(
+                '/moe_jax.v1.Admin/Undrain',
+                request_serializer=serving_dot_protos_dot_inference__pb2.UndrainRequest.SerializeToString,
+                response_deserializer=serving_dot_protos_dot_inference__pb2.UndrainResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/moe_jax.v1.Admin/Watch',
                 request_serializer=serving_dot_protos_dot_inference__pb2.WatchRequest.SerializeToString,
@@ -442,8 +447,16 @@ class AdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Move a host's requests to others and let its ranks leave. Answers when they have left. NOT_FOUND: no such host;
-        FAILED_PRECONDITION: the other ranks could not hold all experts.
+        """Move a host's requests to others and let its ranks leave. Answers when they have left, at once if none is there; may
+        be repeated. NOT_FOUND: no such host; FAILED_PRECONDITION: the other ranks could not hold all experts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undrain(self, request, context):
+        """Take a drained host back, whose workers this server starts. Answers when its ranks serve. NOT_FOUND: no such host;
+        FAILED_PRECONDITION: it is still leaving, or its workers are started elsewhere: start them there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -477,6 +490,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=serving_dot_protos_dot_inference__pb2.DrainRequest.FromString,
                     response_serializer=serving_dot_protos_dot_inference__pb2.DrainResponse.SerializeToString,
+            ),
+            'Undrain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undrain,
+                    request_deserializer=serving_dot_protos_dot_inference__pb2.UndrainRequest.FromString,
+                    response_serializer=serving_dot_protos_dot_inference__pb2.UndrainResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -543,6 +561,33 @@ class Admin(object):
             '/moe_jax.v1.Admin/Drain',
             serving_dot_protos_dot_inference__pb2.DrainRequest.SerializeToString,
             serving_dot_protos_dot_inference__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undrain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_jax.v1.Admin/Undrain',
+            serving_dot_protos_dot_inference__pb2.UndrainRequest.SerializeToString,
+            serving_dot_protos_dot_inference__pb2.UndrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -96,6 +96,7 @@ class Running:
             ended=lambda rank, code, what: self.ended.append((rank, code)),
         )
         watcher.dismissed, watcher.drained = self.launcher.dismissed, self.launcher.hold
+        watcher.wanted = self.launcher.release
         self.launcher.start(self._ranks)
         await self.serving(self._ranks)
         return self

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moe_jax.request import Request, SamplingParams
 from moe_jax.scheduler import QueueFull
-from serving.admission import FairQueue, Owner, Prefixes, block_hashes
+from serving.admission import FairQueue, Owner, Pace, Prefixes, block_hashes
 from serving.ledger import Ledger, Place
 
 OWNERS = [Owner("a"), Owner("b"), Owner("c", weight=3.0)]
@@ -52,6 +52,13 @@ def test_each_once_in_order_of_class_and_arrival(steps):
                 assert all(other > item for other in mine)
                 popped.append(item)
         assert len(queue) == len(waiting) and all(item in queue for item in waiting)
+        for priority in range(3):
+            higher = sum(level > priority for _, level in waiting.values())
+            same = [owner for owner, level in waiting.values() if level == priority]
+            for owner in OWNERS:
+                others = len({*same} - {owner.name})
+                turns = same.count(owner.name) * (1 + others) + others
+                assert queue.ahead(owner, priority) == higher + min(len(same), turns)
 
 
 @given(st.lists(st.tuples(st.sampled_from(OWNERS), st.integers(1, 20)), min_size=30, max_size=120))
@@ -161,3 +168,24 @@ def test_prefixes():
     known.note(block_hashes([6, 6, 6, 6], 2))
     assert known.matched(block_hashes([1, 2], 2)) == 0  # the oldest is forgotten
     assert len(block_hashes(range(10**4), 2, most=5)) == 5
+
+
+def test_pace():
+    """What was idle does not count, and what ends together counts once."""
+    pace = Pace()
+    pace.began(1000.0)
+    for batch in range(1, 40):
+        for _ in range(8):
+            pace.ended(1000.0 + 2 * batch)
+    assert pace.wait(0) == 0 and pace.wait(8) == pytest.approx(2.0)
+    pace.began(9000.0)
+    assert pace.wait(8) == pytest.approx(2.0)
+    pace.ended(9050.0)
+    assert pace.wait(128) == pytest.approx(32 - 2 + 10)  # one that takes long is not all there is
+
+
+def test_a_flood_has_to_wait_and_nobody_else():
+    queue: FairQueue[int] = FairQueue()
+    for i in range(100):
+        queue.push(i, OWNERS[0], 10)
+    assert (queue.ahead(OWNERS[0]), queue.ahead(OWNERS[1]), queue.ahead(OWNERS[0], 9)) == (100, 1, 0)

@@ -404,8 +404,19 @@ def test_drain(three):
     for i, call in enumerate(calls):
         assert joined(begun[i] + list(call)) == expected(i, 500)
     assert three.status()["ranks"][2]["state"] == "lost"
-    three.call(lambda: three.launcher.start([2]))
-    three.until(lambda status: all(r["state"] == "live" for r in status["ranks"]))
+    again = three.admin.Drain(pb.DrainRequest(host="c"))  # a client that does not know how it went
+    assert (list(again.ranks), again.epoch) == ([], left.epoch)
+
+
+def test_undrain(three):
+    with refused(grpc.StatusCode.NOT_FOUND, "'x', expected one of a, b, c"):
+        three.admin.Undrain(pb.UndrainRequest(host="x"))
+    three.admin.Drain(pb.DrainRequest(host="c"))  # whether or not it has left before
+    back = three.admin.Undrain(pb.UndrainRequest(host="c"), timeout=30)
+    status = three.status()
+    assert list(back.ranks) == [2] and [r["state"] for r in status["ranks"]] == ["live"] * 3
+    again = three.admin.Undrain(pb.UndrainRequest(host="c"), timeout=5)
+    assert (list(again.ranks), again.epoch) == ([2], status["epoch"])
 
 
 # Without a server

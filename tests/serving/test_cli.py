@@ -197,7 +197,12 @@ class FakeAdmin(rpc.AdminServicer):
             context.abort(grpc.StatusCode.NOT_FOUND, "host: found 'x', expected one of a, b")
         if request.host == "a":
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "host a: too few slots")
-        return pb.DrainResponse(ranks=[2, 3], epoch=7)
+        return pb.DrainResponse(ranks=[] if request.host == "gone" else [2, 3], epoch=7)
+
+    def Undrain(self, request: pb.UndrainRequest, context: grpc.ServicerContext) -> pb.UndrainResponse:
+        if request.host == "a":
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "host a: its workers are not started from here")
+        return pb.UndrainResponse(ranks=[2, 3], epoch=8)
 
 
 class FakeCluster(cluster_pb2_grpc.ClusterServicer):
@@ -238,6 +243,15 @@ def test_drain(coordinator: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "moe-jax drain: host: found 'x', expected one of a, b\n"
     assert main(["drain", "a", "--address", coordinator]) == 1
     assert "FAILED_PRECONDITION: host a: too few slots" in capsys.readouterr().err
+    assert main(["drain", "gone", "--address", coordinator]) == 0
+    assert capsys.readouterr().out == "gone: no ranks left; the cluster is in epoch 7\n"
+
+
+def test_undrain(coordinator: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["undrain", "b", "--address", coordinator]) == 0
+    assert capsys.readouterr().out == "b: ranks 2 3 serve; the cluster is in epoch 8\n"
+    assert main(["undrain", "a", "--address", coordinator]) == 1
+    assert "its workers are not started from here" in capsys.readouterr().err
 
 
 def test_worker(coordinator: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -348,11 +362,60 @@ def test_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert [r["pid"] for r in after["ranks"]] == [r["pid"] for r in before["ranks"]]
         started = family(server.pid)
         assert len(started) >= 5  # itself, the JAX service, two workers, an engine or two
+        call = inference.Generate(asked[1])
+        responses = [next(call)]
         server.terminate()
-        assert server.wait(10) == 0
+        responses += call  # what was accepted is served
+        assert "".join(r.text for r in responses) == alone[1].text
+        assert server.wait(20) == 0
         started.add(after["service_pid"])  # its parent was the first coordinator
         deadline = time.monotonic() + 5
         while left := [pid for pid in started if alive(pid)]:
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
     assert {f.name for f in (tmp_path / "logs").iterdir()} == {"rank0.log", "rank1.log"}
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_serve_with_workers_that_are_started_elsewhere(tmp_path: Path) -> None:
+    """Its coordinator is started again, too, and it lets requests finish; workers learn of its end."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        address = f"127.0.0.1:{sock.getsockname()[1]}"
+    command, given = [sys.executable, "-m", "serving.cli"], ["--address", address, "--hosts", "2", "--max-batch", "16"]
+    server = subprocess.Popen([*command, "serve", *given, "--workers", "none", "--journal", str(tmp_path)], cwd=ROOT)
+    workers = [
+        subprocess.Popen(
+            [*command, "worker", "--coordinator", address, "--rank", str(r), "--host", f"host{r}"], cwd=ROOT
+        )
+        for r in range(2)
+    ]
+    try:
+        with grpc.insecure_channel(address) as channel:
+            admin, inference = rpc.AdminStub(channel), rpc.InferenceStub(channel)
+
+            def serving(took_over: list[int]) -> dict[str, Any]:
+                while True:
+                    with suppress(grpc.RpcError):  # it is killed just then
+                        found = json.loads(admin.Status(pb.StatusRequest(), wait_for_ready=True).json)
+                        if found["state"] == "SERVING" and found["coordinator"]["took_over"] == took_over:
+                            return found
+                    time.sleep(0.1)
+
+            before = serving([])
+            os.kill(before["coordinator"]["pid"], signal.SIGKILL)
+            after = serving([0, 1])
+            assert [r["pid"] for r in after["ranks"]] == [r["pid"] for r in before["ranks"]]
+            with pytest.raises(grpc.RpcError, match="not started from here"):
+                admin.Undrain(pb.UndrainRequest(host="host0"))
+            params = pb.SamplingParams(max_tokens=200, seed=1, ignore_eos=True)
+            call = inference.Generate(pb.GenerateRequest(prompt="Once upon a time", params=params), wait_for_ready=True)
+            responses = [next(call)]
+            server.terminate()
+            responses += call
+            assert responses[-1].usage.completion_tokens == 200
+        assert server.wait(20) == 0 and [worker.wait(20) for worker in workers] == [75, 75]
+    finally:
+        for process in (server, *workers):
+            process.kill()
+            process.wait()

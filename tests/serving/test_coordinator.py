@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from signal import SIGCONT, SIGKILL, SIGSTOP
+from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM
 from typing import Any
 
 import grpc
@@ -229,12 +229,36 @@ def test_drain_and_return():
         assert "UNSERVABLE" not in r.states
         await r.flowing()
         assert r.live() == [0, 1, 4, 5]  # it is not started again before
-        r.launcher.start([2, 3])
+        assert (await r.coordinator.undrain("b"))["ranks"] == [2, 3]
         await r.serving()
         drained = r.status()["recoveries"][0]
         assert drained["cause"] == "drain" and drained["lost"] == [2, 3] and drained["pause_ms"] < 500
 
     run(scenario, fake_cluster(PAIRS, slots=4, fake={"step": 0.005}))
+
+
+def test_told_to_end():
+    """A worker that gets SIGTERM leaves in order, and its host's other ranks with it. Where it cannot be spared it ends
+    all the same."""
+
+    async def leave(r: Running) -> None:
+        r.submit(12, 900)
+        await r.flowing()
+        r.launcher._restart = True
+        epoch = r.status()["epoch"]
+        kill(r.supervisor(3), SIGTERM)
+        await r.until(lambda: sorted(r.ended) == [(2, DISMISSED), (3, 0)])
+        await r.serving(after=epoch + 1)
+        first, *rest = (change["cause"] for change in r.status()["recoveries"])
+        assert first == "drain" and {*rest} == {"join"} and "RECOVERING" not in r.states
+
+    async def refused(r: Running) -> None:
+        kill(r.supervisor(1), SIGTERM)
+        await r.until(lambda: r.ended == [(1, 0)])
+        await r.serving()
+
+    run(leave, fake_cluster(PAIRS, slots=4, fake={"step": 0.005}))
+    run(refused, fake_cluster(FOUR[:2], slots=4, replication=1))
 
 
 def test_refused_drain():

@@ -24,7 +24,7 @@ import serving
 from serving.access import Key, digest
 from serving.cli import main
 from serving.logs import JsonFormatter
-from serving.metrics import Metrics
+from serving.metrics import Metrics, Step
 from serving.protos import inference_pb2 as pb
 from serving.top import View
 from tests.serving.clusters import fake_cluster
@@ -183,7 +183,7 @@ def test_metrics_forget_what_has_ended():
     metrics.finished.append(seen.append)
     metrics.ended(1, "r", "me", "stop", 3, 0, 2.0)
     metrics.ended(1, "r", "me", "stop", 3, 0, 2.0)
-    assert not metrics._open and not metrics._ranks and [f.ranks for f in seen] == [(3,)]
+    assert not metrics._open and [f.times.places for f in seen] == [[(1.0, 3)]]
     assert serving.__file__
 
 
@@ -205,11 +205,46 @@ def test_traces(served):
     every: Any = memory.get_finished_spans()
     spans = [span for span in every if span.context.trace_id == 0x0AF7651916CD43DD8448EB211C80319C]
     by_name = {span.name: span for span in spans}
-    assert sorted(by_name) == ["decode", "prefill", "queue", "request"]
+    assert sorted(span.name for span in spans) == ["decode", "prefill", "queue", "rank", "request", *["step"] * 6]
     whole = by_name["request"]
     assert whole.parent.span_id == 0xB7AD6B7169203331 and whole.attributes["completion_tokens"] == 7
-    for name in ("queue", "prefill", "decode"):
-        span = by_name[name]
-        assert span.parent.span_id == whole.context.span_id
-        assert whole.start_time <= span.start_time <= span.end_time <= whole.end_time
-    assert by_name["prefill"].attributes["rank"] in (0, 1, 2)
+    parents = {"queue": "request", "rank": "request", "prefill": "rank", "decode": "rank", "step": "decode"}
+    for span in spans:
+        if span is not whole:
+            parent = by_name[parents[span.name]]
+            assert span.parent.span_id == parent.context.span_id
+            assert parent.start_time <= span.start_time <= span.end_time <= parent.end_time
+    (rank,) = whole.attributes["ranks"]
+    steps = [span for span in spans if span.name == "step"]
+    assert {span.attributes["rank"] for span in [*steps, by_name["prefill"]]} == {rank}
+    assert len({span.attributes["step"] for span in steps}) == 6
+    assert {span.attributes["epoch"] for span in steps} == {served.status()["epoch"]}
+
+
+def test_traces_of_a_request_that_moves():
+    """Each rank has its own prefill and steps; without anybody who keeps traces nothing is recorded."""
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from serving.tracing import Traces
+
+    memory, metrics = InMemorySpanExporter(), Metrics()
+    metrics.accepted(1, 0.0)
+    metrics.token(1, 0.5, Step(1, 0, 1))
+    assert metrics._open[1].steps is None
+    traces = Traces(memory)
+    metrics.finished.append(traces.finished)
+    metrics.accepted(2, 1.0)
+    for rank, epoch, at in ((3, 1, 2.0), (0, 2, 7.0)):
+        metrics.placed(2, rank, at)
+        for i in range(1, 4):
+            metrics.token(2, at + i, Step(epoch, rank, 10 * rank + i))
+    metrics.ended(2, "r", "", "length", 5, 6, 10.0)
+    traces.close()
+    spans: Any = memory.get_finished_spans()
+    found = [(s.name, *(s.attributes.get(n) for n in ("rank", "tokens", "steps", "epoch", "step"))) for s in spans]
+    for rank, tokens_, epoch in ((3, 5, 1), (0, 8, 2)):
+        assert ("prefill", rank, tokens_, None, None, None) in found and ("decode", rank, None, 2, None, None) in found
+        assert [f for f in found if f[0] == "step" and f[1] == rank] == [
+            ("step", rank, None, None, epoch, 10 * rank + i) for i in (2, 3)
+        ]

@@ -176,6 +176,29 @@ def test_killed_while_a_rank_is_lost_or_returns(tmp_path):
     run(scenario, tmp_path / "journal", fake={"step": 0.005, "enter": 0.1, "load": 0.3})
 
 
+def test_killed_while_a_host_is_drained(tmp_path):
+    """The next one goes on with it; and it says so to whoever wants the host back, which it has not started."""
+
+    async def scenario(cluster: Cluster) -> None:
+        streams = cluster.begin(8, 1000)
+        await cluster.flowing()
+        cluster.launcher.hold("c")
+        drain = asyncio.ensure_future(cluster.admin.Drain(pb.DrainRequest(host="c")))
+        await cluster.until(lambda s: s["state"] == "DRAINING")
+        cluster.kill()
+        cluster.start()
+        with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
+            await drain
+        after = await cluster.until(lambda s: s["state"] == "SERVING" and s["ranks"][2]["state"] == "lost")
+        assert after["coordinator"]["took_over"]
+        assert (await cluster.admin.Drain(pb.DrainRequest(host="c"))).epoch == after["epoch"]
+        with pytest.raises(grpc.aio.AioRpcError, match="not started from here"):
+            await cluster.admin.Undrain(pb.UndrainRequest(host="c"))
+        await asyncio.gather(*streams)
+
+    run(scenario, tmp_path / "journal", fake={"step": 0.005, "enter": 0.3})
+
+
 def test_a_rank_and_the_coordinator_at_once(tmp_path):
     """The other coordinator finds some ranks gone: that is a loss like any other."""
 

@@ -93,3 +93,16 @@ def test_what_the_gateway_asks_first(stub):
     assert (model.served_model_name, model.tokenizer_path) == ("toy", "/models/toy")
     assert model.vocab_size == VOCABULARY and list(model.eos_token_ids) == [EOS] and model.is_generation
     assert stub.GetServerInfo(vllm.GetServerInfoRequest()).server_type == "vllm-grpc"
+
+
+def test_load_and_what_is_not_offered(served, stub):
+    calls = [stub.Generate(asked(stream=True, max_tokens=10000, name=f"long-{i}")) for i in range(3)]
+    for call in calls:
+        next(call)
+    (load,) = stub.GetLoads(vllm.GetLoadsRequest()).loads
+    assert (load.num_running_reqs, load.num_waiting_reqs, load.num_total_reqs) == (3, 0, 3)
+    for call in calls:
+        call.cancel()
+    with refused(grpc.StatusCode.UNIMPLEMENTED, "Embed: not offered here"):
+        stub.Embed(vllm.EmbedRequest())
+    served.no_requests()
