@@ -63,7 +63,10 @@ def test_health_and_reflection(served):
     with grpc.insecure_channel(served.address) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
         for service in ("", "moe_jax.v1.Inference", "moe_jax.v1.Admin"):
-            assert health.Check(health_pb2.HealthCheckRequest(service=service)).status == 1  # SERVING
+            # Whoever waits for it is told: that the cluster serves is known a moment before it is said here.
+            watch = health.Watch(health_pb2.HealthCheckRequest(service=service), timeout=20)
+            assert any(answer.status == health_pb2.HealthCheckResponse.SERVING for answer in watch)
+            watch.cancel()
         with refused(grpc.StatusCode.NOT_FOUND, ""):
             health.Check(health_pb2.HealthCheckRequest(service="x"))
     database = ProtoReflectionDescriptorDatabase(served.channel)
