@@ -26,6 +26,7 @@ from typing import Any
 
 import grpc
 
+from serving.environment import guess_platform
 from serving.protos import inference_pb2 as pb
 from serving.protos import inference_pb2_grpc as rpc
 
@@ -68,6 +69,10 @@ class Shape:
     slots: int | None = None
     replication: int | None = None
     max_batch: int | None = None
+    model: str = "demo"
+    load_format: str | None = None
+    dtype: str | None = None
+    max_model_len: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -76,7 +81,12 @@ class Shape:
     def arguments(self) -> list[str]:
         """Of `moe-jax serve`."""
         given = {name.replace("_", "-"): value for name, value in vars(self).items() if value is not None}
-        return ["--model", "demo", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
+        return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+    @property
+    def exact(self) -> bool:
+        """Whether a request gives the same bits wherever and with whatever it runs, so that it is known beforehand."""
+        return self.load_format is None and guess_platform(os.environ.get("JAX_PLATFORMS")) == "cpu"
 
     def __str__(self) -> str:
         each = f" of {self.ranks_per_host} ranks" if self.ranks_per_host > 1 else ""
@@ -132,8 +142,10 @@ def expected_outputs(jobs: Sequence[Job], shape: Shape) -> dict[Job, Output]:
     """What each job gives on one host that nothing happens to. On the way the programs of a cluster of this shape are
     compiled, for every number of ranks, so that what is measured later is no first start.
 
-    In a process of its own, which ends: JAX stays out of this one.
+    In a process of its own, which ends: JAX stays out of this one. Nothing where nothing can be known (`Shape.exact`).
     """
+    if not shape.exact:
+        return {}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_expect, tuple(jobs), shape).result()
 
@@ -201,9 +213,10 @@ class Tally:
     def clean(self) -> bool:
         return not (self.lost or self.duplicated or self.changed or self.texts or self.errors or self.hung)
 
-    def judge(self, stream: Stream, expected: Output, request_id: str) -> None:
-        """A stream that has ended as it should."""
-        found, wanted = stream.tokens, expected.tokens
+    def judge(self, stream: Stream, expected: Output | None, request_id: str) -> None:
+        """A stream that has ended as it should. Without `expected`, what counts is how many tokens it has."""
+        found, most = stream.tokens, stream.job.max_tokens
+        wanted = [*found, *[-1] * most][:most] if expected is None else expected.tokens
         lost = stream.lost + max(0, len(wanted) - len(found))
         duplicated = stream.duplicated + max(0, len(found) - len(wanted))
         changed = sum(a != b for a, b in zip(found, wanted, strict=False))
@@ -214,6 +227,8 @@ class Tally:
         if lost or duplicated or changed:
             first = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), len(found))
             self.note(f"{request_id}: {lost} lost, {duplicated} duplicated, {changed} changed, the first at {first}")
+        elif expected is None:
+            return
         elif "".join(stream.text) != expected.text or stream.finish_reason != expected.finish_reason:
             self.texts += 1
             self.note(f"{request_id}: its tokens are right, but not its text or finish reason {stream.finish_reason!r}")
@@ -312,7 +327,7 @@ class Traffic:
                             call = self._stub.Resume(again)
                         else:
                             call = self._stub.Generate(job.request(request_id))
-            self.tally.judge(stream, self._expected[job], request_id)
+            self.tally.judge(stream, self._expected.get(job), request_id)
         except TimeoutError:
             self.tally.hung += 1
             self.tally.note(f"{request_id}: hung after {len(stream.tokens)} of {job.max_tokens} tokens")

@@ -1,12 +1,16 @@
 """How long clients wait when a host is killed, against starting the same cluster again.
 
     python scripts/bench_recovery.py [--hosts 6 --kills 30] [--json]
+    python scripts/bench_recovery.py --hosts 2 --shape qwen3-30b-a3b --kills 6 --signal both --streams 64 --losses 0
 
 One run, 32 streams all the time: hosts are killed one after the other (kill -9), each after the one before has come
 back; then everything is killed at once and started again with the same requests. A second cluster, whose lost hosts
 stay away until they are let back, shows what a loss costs in tokens per second.
 
 A pause is the longest gap between two tokens of any stream that its client saw. The phases are what status says.
+
+--shape takes one of bench_serving.py's models with random weights instead of the demo. Which tokens it should give is
+known on a CPU alone; on a GPU, where products are rounded as they come, tokens are counted and not compared.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import contextlib
 import datetime
 import json
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -24,14 +29,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from _cluster import Cluster, Shape, Traffic, expected_outputs, is_whole, machine, make_jobs, send, worker_command
+from _cluster import (
+    START,
+    Cluster,
+    Shape,
+    Traffic,
+    expected_outputs,
+    is_whole,
+    machine,
+    make_jobs,
+    send,
+    worker_command,
+)
 from _cluster import run as in_loop
+from bench_serving import SHAPES, write_shape
 from rich.console import Console
 from rich.table import Table
+
+from moe_jax.llm import model_directory
 
 PHASES = ("detect", "fence", "agree", "fail", "load", "compile", "rebuild", "resume", "pause")
 WHOLE = 120.0  # seconds that a host may take to come back
@@ -39,17 +58,19 @@ HANG = 300.0  # seconds without a token; a restart of everything must fit
 RESTORED = 10.0  # seconds that restoring redundancy may take
 
 
-async def kill_host(cluster: Cluster, host: str) -> None:
+async def kill_host(cluster: Cluster, host: str, number: int = signal.SIGKILL) -> None:
+    """SIGSTOP is for the engines: what looks after them goes on."""
     ranks = [r for r in (await cluster.status())["ranks"] if r["host"] == host]
-    send([r[name] for r in ranks for name in ("supervisor_pid", "pid")], signal.SIGKILL)
+    names = ("supervisor_pid", "pid") if number == signal.SIGKILL else ("pid",)
+    send([r[name] for r in ranks for name in names], number)
 
 
-async def kill_and_return(cluster: Cluster, traffic: Traffic, host: str) -> dict[str, Any]:
+async def kill_and_return(cluster: Cluster, traffic: Traffic, host: str, number: int) -> dict[str, Any]:
     """How long clients waited for the survivors, and for the host that came back; with the records of the status."""
     before = await cluster.until_settled(WHOLE, "before the kill")
     traffic.clear()
     begun = time.monotonic()
-    await kill_host(cluster, host)
+    await kill_host(cluster, host, number)
     epoch = before["epoch"]
     await cluster.until(lambda s: s["state"] == "SERVING" and s["epoch"] > epoch, WHOLE, f"{host} was killed")
     served = time.monotonic()
@@ -59,6 +80,7 @@ async def kill_and_return(cluster: Cluster, traffic: Traffic, host: str) -> dict
     new = [r for r in status["recoveries"] if r["epoch"] > epoch]
     return {
         "host": host,
+        "signal": signal.Signals(number).name,
         "pause_ms": _ms(traffic.longest_gap(begun, served)),
         "rejoin_ms": _ms(traffic.longest_gap_after(served)),
         "back_s": round(back - begun, 2),
@@ -66,6 +88,14 @@ async def kill_and_return(cluster: Cluster, traffic: Traffic, host: str) -> dict
         "joins": [r for r in new if r["joined"]],
         "compilations": status["compilations"] - before["compilations"],
     }
+
+
+def write_model(name: str, layers: int | None, directory: Path) -> Path:
+    """bench_serving's shape, with the demo's tokenizer, which knows the first of its tokens."""
+    directory.mkdir(parents=True)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_directory("demo") / file, directory)
+    return write_shape(name, layers, directory)
 
 
 async def restart(cluster: Cluster, traffic: Traffic) -> float:
@@ -120,22 +150,30 @@ async def _settled(cluster: Cluster) -> None:
 
 async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
     shape, draw = Shape(args.hosts, args.ranks_per_host), random.Random(args.seed)
+    if args.shape != "demo":
+        model = str(write_model(args.shape, args.layers, directory / "model"))
+        most = -(-args.streams // 16) * 16
+        shape = replace(shape, model=model, load_format="dummy", max_model_len=2048, max_batch=most)
+    kill_or_stop = {"kill": [signal.SIGKILL], "stop": [signal.SIGSTOP], "both": [signal.SIGKILL, signal.SIGSTOP]}
+    numbers = kill_or_stop[args.signal]
     jobs = make_jobs(64, args.seed)
     say(f"what {len(jobs)} requests give on one host; programs for {shape}")
     expected = await asyncio.to_thread(expected_outputs, jobs, shape)
     kills: list[dict[str, Any]] = []
     say(f"starting {shape}; logs are in {directory}")
     async with Cluster(shape, directory / "kills") as cluster:
+        await cluster.until(lambda s: s["survivable_without_compiling"] > 0, START, "programs of smaller meshes")
         traffic = Traffic(cluster.address, jobs, expected, args.streams, HANG, retry=True)
         traffic.start()
+        devices = sorted({rank["device"] for rank in (await cluster.status())["ranks"]})
         await asyncio.sleep(5.0)
         for i in range(args.kills):
             await asyncio.sleep(draw.uniform(0.0, 0.5))
-            kill = await kill_and_return(cluster, traffic, f"host{draw.randrange(shape.hosts)}")
+            host = f"host{draw.randrange(shape.hosts)}"
+            kill = await kill_and_return(cluster, traffic, host, numbers[i % len(numbers)])
             kills.append(kill)
-            say(
-                f"{i + 1}: {kill['host']}, {kill['pause_ms']} ms; back after {kill['back_s']} s, {kill['rejoin_ms']} ms"
-            )
+            what = "{host}, {signal}, {pause_ms} ms; back after {back_s} s, {rejoin_ms} ms".format(**kill)
+            say(f"{i + 1}: {what}")
         restarted = await restart(cluster, traffic)
         say(f"everything started again: {restarted} ms")
         await traffic.stop()
@@ -152,6 +190,8 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **machine(),
+        "devices": devices,
+        "compared": shape.exact,
         "shape": asdict(shape),
         "streams": args.streams,
         "kills": len(kills),
@@ -187,7 +227,8 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 def show(console: Console, r: dict[str, Any]) -> None:
     shape = Shape(**r["shape"])
-    console.print(f"{r['cpu']}, {r['cores']} cores; {r['date']}; jax {r['jax']}", highlight=False, soft_wrap=True)
+    where = f"{r['cpu']}, {r['cores']} cores; {', '.join(r['devices'])}; {r['date']}; jax {r['jax']}"
+    console.print(where, highlight=False, soft_wrap=True)
     table = Table("", "median", "worst", title=f"{shape}, {r['streams']} streams, {r['kills']} kills")
     for name, title in (("pause_ms", "pause, ms"), ("rejoin_ms", "pause when it returns, ms"), ("back_s", "back, s")):
         table.add_row(title, *(str(r[name].get(column, "–")) for column in ("median", "worst")))
@@ -202,10 +243,11 @@ def show(console: Console, r: dict[str, Any]) -> None:
         table.add_row(f"tokens/s, {row['when']}", str(row["tokens_per_second"]), "")
     console.print(table)
     for tally in r["tallies"]:
-        console.print(
-            "{streams} streams, {tokens} tokens: {lost} lost, {duplicated} duplicated, {changed} changed, "
-            "{texts} texts differ, {errors} errors, {hung} hung".format(**tally)
+        counts = (
+            "{streams} streams, {tokens} tokens: {lost} lost, {duplicated} duplicated, {errors} errors, {hung} hung"
         )
+        compared = "{changed} changed, {texts} texts differ" if r["compared"] else "not compared"
+        console.print(f"{counts}; {compared}".format(**tally))
         for detail in tally["details"]:
             console.print(detail, markup=False)
     console.print(f"{r['compilations']} programs were compiled while it served")
@@ -221,6 +263,9 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement of tokens per second")
     parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--signal", choices=("kill", "stop", "both"), default="kill", help="both: in turns")
+    parser.add_argument("--shape", choices=("demo", *SHAPES), default="demo", help="random weights, but for the demo")
+    parser.add_argument("--layers", type=int, help="of the shape: fewer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep logs and journals there")
     parser.add_argument("--json", action="store_true", help="print one JSON line after the table")
