@@ -422,12 +422,12 @@ def test_looking_ahead_decodes_tokens_that_are_not_known_yet():
 
 
 def test_the_last_token_of_a_request_takes_a_place_in_its_step():
-    rank = Rank(replace(LIMITS, max_batch=2))
-    for name in "abc":
-        rank.add(ask(name, [7] * 3, max_tokens=2))
-    rank.complete(rank.schedule(32, True))
-    rank.complete(last := rank.schedule(32, True))
-    assert [e.sequence.request.request_id for e in last.entries] == ["a", "b"]
+    rank = Rank(replace(LIMITS, max_prefill_rows=512))
+    for i in range(17):
+        rank.add(ask(str(i), [i] * 3, max_tokens=2))
+    rank.complete(rank.schedule(512, True))
+    rank.complete(last := rank.schedule(512, True))
+    assert last.decode_rows == 16 == len(last.entries)
     rank.finish(rank.scheduler.wish())
 
 
