@@ -291,6 +291,15 @@ def end_connecting(client: Any, devices: Sequence[jax.Device]) -> bool:
     return True
 
 
+def forget_communicator(client: Any, devices: Sequence[jax.Device]) -> None:
+    """Before these devices form one in this order: what an earlier process of this rank has said of its own. All ranks
+    do it before any of them goes on, so that none finds another's old address."""
+    if jax.default_backend() == "cpu":
+        for i, device in enumerate(devices):
+            if device.process_index == jax.process_index():
+                client.key_value_delete(f"{_gloo_keys(devices)}{i}")
+
+
 def _gloo_keys(devices: Sequence[jax.Device]) -> str:
     """Where the ranks of a communicator say to the JAX service how they are reached, by place in the mesh."""
     return f"cpu:gloo/{','.join(str(d.id) for d in devices)}/"

@@ -308,6 +308,7 @@ class Scheduler:
         if rows < 0:
             raise ValueError(f"rows: found {rows}, expected at least 0")
         rows -= rows % limits.row_tile
+        running = sum(map(self._goes_on, self._running))  # before any is placed: the last token takes its place, too
         # Preemption in this loop removes only later sequences, which a list's iterator allows.
         for sequence in self._running:
             ready = plan.decode_rows < rows and sequence.remaining == 1 and self._goes_on(sequence)
@@ -320,16 +321,16 @@ class Scheduler:
             entry.first_row = row
         plan.rows = ceil_div(plan.decode_rows, limits.row_tile) * limits.row_tile
         if prefill:
-            self._schedule_prefill(plan, min(rows, plan.rows + limits.max_prefill_rows))
+            self._schedule_prefill(plan, min(rows, plan.rows + limits.max_prefill_rows), running)
         self._in_flight.append(plan)
         return plan
 
-    def _schedule_prefill(self, plan: StepPlan, rows: int) -> None:
-        """Fill the plan's rows up to `rows`, in order of arrival: nobody starts while an older one is stuck."""
+    def _schedule_prefill(self, plan: StepPlan, rows: int, running: int) -> None:
+        """Fill the plan's rows up to `rows`, in order of arrival: nobody starts while an older one is stuck. running:
+        how many are in this plan or the next."""
         for sequence in self._running:
             if sequence.remaining > 1 and not sequence.ended and not self._place_chunk(plan, sequence, rows):
                 return
-        running = sum(map(self._goes_on, self._running))
         while self._waiting and plan.rows < rows and running < self.limits.max_batch:
             sequence = self._waiting[0]
             reused, cost = self._admission(sequence)

@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import re
+import secrets
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from typing import Any
 
 import grpc
 
+from serving.access import TOKEN_VARIABLE
 from serving.environment import guess_platform
 from serving.protos import inference_pb2 as pb
 from serving.protos import inference_pb2_grpc as rpc
@@ -415,6 +417,7 @@ class Cluster:
 
     def __init__(self, shape: Shape, directory: Path, restart: bool = True) -> None:
         """directory: for logs, of the coordinator and of each rank, and the journal. restart: of lost workers."""
+        os.environ.setdefault(TOKEN_VARIABLE, secrets.token_urlsafe())  # of workers that are started here, too
         self._arguments = [*shape.arguments(), *([] if restart else ["--no-restart"])]
         self.shape, self.directory = shape, directory
         self.address = "127.0.0.1:0"

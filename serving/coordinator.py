@@ -750,14 +750,15 @@ class Coordinator:
             raise Unavailable(f"a change of the ranks came between ({cause}): try again")
 
     def worn_host(self, most: int) -> str | None:
-        """A host with an engine that has been in more than `most` epochs, the most worn one; None also while a rank is
-        missing or another host could not be spared."""
+        """A host with an engine that has been in more than `most` epochs, the most worn one, or that keeps orders of
+        ranks from being used again; None also while a rank is missing or another host could not be spared."""
         status = self.status()
         whole = all(rank["state"] == "live" for rank in status["ranks"])
         if status["state"] != "SERVING" or not whole or status["experts"]["survivable_host_losses"] < 1:
             return None
         epochs, rank = max((self._epochs[incarnation], rank) for rank, incarnation in self.router.members.items())
-        return self.cluster.rules.hosts[rank] if epochs > most else None
+        worn = rank if epochs > most else self._membership.worn()
+        return None if worn is None else self.cluster.rules.hosts[worn]
 
     def status(self, slots: bool = False, load: bool = False) -> dict[str, Any]:
         """What `moe-jax status --json` prints. slots: with what each slot holds, [layers][ranks][slots] of experts.

@@ -28,7 +28,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.distributed import cut_collectives, end_connecting, live_nodes, open_sockets, shield_collectives
+from moe_jax.distributed import (
+    cut_collectives,
+    end_connecting,
+    forget_communicator,
+    live_nodes,
+    open_sockets,
+    shield_collectives,
+)
 from moe_jax.engine import Engine, Experts, ScoreJob
 from moe_jax.executables import compilations
 from moe_jax.mesh import ExpertMesh
@@ -220,7 +227,7 @@ class EngineLoop:
                 engine.leave()
                 self._send({"type": "arrived", "epoch": number})
                 with self._collective(number):
-                    self._barrier(number, nodes)
+                    self._barrier(number, nodes, mesh)
             ms["agree"] = 1e3 * (time.monotonic() - begun)
             moved = engine.enter(number, mesh, slots, self._fetched)
             self._fetched = {}
@@ -287,13 +294,14 @@ class EngineLoop:
         ]
         return set().union(*left)
 
-    def _barrier(self, number: int, nodes: list[int]) -> None:
+    def _barrier(self, number: int, nodes: list[int], mesh: ExpertMesh) -> None:
         """Meet the other ranks at the JAX service. In a thread, for a rank may be lost on its way there; then the
         thread is left behind until it times out, and harms nobody."""
         result: list[Any] = []
 
         def meet() -> None:
             try:
+                forget_communicator(self._client, mesh.devices)
                 result.append(live_nodes(self._client, f"epoch-{number}", nodes, _BARRIER))
             except Exception as e:
                 result.append(e)

@@ -136,9 +136,8 @@ class Journal:
         """To be kept before it is announced. Only the last hundred are, and all orders of the last generation."""
         body = vars(epoch) | {"slots": epoch.slots.shape}
         with self.transaction():
-            orders = self.orders(epoch.generation)
-            if epoch.order not in orders:
-                self.put("orders", [epoch.generation, [*orders, epoch.order]])
+            orders = self.orders(epoch.generation) | {epoch.order: epoch.incarnations}
+            self.put("communicators", [epoch.generation, list(orders.items())])
             slots = np.ascontiguousarray(epoch.slots, np.int32).tobytes()
             self._db.execute("REPLACE INTO epochs VALUES (?, ?, ?)", (epoch.number, json.dumps(body), slots))
             self._db.execute("DELETE FROM epochs WHERE number <= ?", (epoch.number - _EPOCHS,))
@@ -151,10 +150,10 @@ class Journal:
             return Epoch(**fields)
         return None
 
-    def orders(self, generation: int) -> list[tuple[int, ...]]:
-        """The orders of ranks that this generation, the last one, has had."""
-        known, orders = self.get("orders", [0, []])
-        return [tuple(order) for order in orders] if known == generation else []
+    def orders(self, generation: int) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """The orders of ranks that this generation, the last one, has had: the last incarnations in each."""
+        known, orders = self.get("communicators", [0, []])
+        return {tuple(order): tuple(incarnations) for order, incarnations in orders} if known == generation else {}
 
     # Requests
 

@@ -29,9 +29,10 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, permutations
+from math import factorial
 from typing import Any, Literal
 
 import numpy as np
@@ -56,7 +57,7 @@ class Rules:
     repair: Callable[[Slots, Sequence[int]], Slots | None]  # slots, ranks → every expert held by them; None: too few
     restore: Callable[[Slots, Sequence[int]], Slots]  # slots, ranks → more replicas; equal: nothing to do
     part: Callable[[Slots, Slots], Slots] = lambda slots, goal: goal  # as much of a change as one epoch should make
-    orders: Literal["any", "sorted"] = "any"  # any: an order of ranks forms a communicator once (Gloo). sorted: NCCL
+    orders: Literal["any", "sorted"] = "any"  # any: an engine is in each order of ranks once (Gloo). sorted: NCCL
     window_s: float = 0.02  # losses within it are one epoch
     heartbeat_timeout_s: float = 1.0
     start_grace_s: float = 30.0  # at the very first start, for ranks to come
@@ -297,7 +298,7 @@ class Membership:
         self._services: list[int] = []  # running, the one before the current included until nobody needs it
         self._nodes: tuple[int, ...] = ()
         self._base: Slots = np.empty((0, 0, 0), np.int32)  # the plan for all nodes: what a joiner brings
-        self._used: set[tuple[int, ...]] = set()  # announced orders; the service remembers their addresses, too
+        self._used: dict[tuple[int, ...], tuple[int, ...]] = {}  # announced orders → the last incarnations in them
         # The mesh
         self._members: list[int] = []  # in mesh order and not lost; before the first epoch those that will form it
         self._slots: Slots = self._base  # what they hold, or will once they entered
@@ -325,21 +326,21 @@ class Membership:
         self,
         epoch: Epoch,
         nodes: tuple[int, ...],
-        used: Collection[tuple[int, ...]],
+        used: Mapping[tuple[int, ...], tuple[int, ...]],
         entered: Mapping[int, int],
         now: float,
     ) -> list[Action]:
         """Go on with the workers of a driver that died, before the first event and after `restore_from`.
 
         epoch, nodes, used: the last epoch that was persisted, the nodes of its generation, whose service lives, and the
-        orders it has seen. entered: of the epoch's ranks whose engines were found, the last epoch each has entered. If
-        that is this one for all, they serve. If not, the others are lost, and those here recover: it is not known who
-        waits for whom.
+        orders it has seen, with the last incarnations in each. entered: of the epoch's ranks whose engines were found,
+        the last epoch each has entered. If that is this one for all, they serve. If not, the others are lost, and those
+        here recover: it is not known who waits for whom.
         """
         self.epoch, self._nodes, self._slots = epoch, nodes, epoch.slots
         self._phase, self._fresh, self._stepping, self._served_ever = "run", False, True, True
         self._base = plan if (plan := self.rules.plan(nodes)) is not None else epoch.slots
-        self._services, self._used = [epoch.generation], {epoch.order, *used}
+        self._services, self._used = [epoch.generation], {**used, epoch.order: epoch.incarnations}
         self._members, self._oldest = list(epoch.order), epoch.number
         for rank, incarnation in zip(epoch.order, epoch.incarnations, strict=True):
             self._workers[rank] = Worker(rank, incarnation, incarnation, "ready", started=True)
@@ -371,13 +372,16 @@ class Membership:
     def ahead(self) -> list[tuple[int, ...]]:
         """The orders of the meshes that the loss of one host would leave, for engines to make ready. None where there
         are many hosts: few of those meshes could be made ready, and hardly the right one."""
+        orders = (self._unused_order(members, []) for members in self._left_by_a_loss())
+        return [order for order in orders if order is not None]
+
+    def _left_by_a_loss(self) -> list[list[int]]:
+        """The members that the loss of each host would leave, unless that is nobody; [] where there are many hosts."""
         hosts = self.rules.hosts
         present = dict.fromkeys(hosts[r] for r in self._members)
-        if len(present) > _MOST_AHEAD:
+        if not 1 < len(present) <= _MOST_AHEAD:
             return []
-        left = [[r for r in self._members if hosts[r] != host] for host in present]
-        orders = (self._unused_order(members, []) for members in left if members)
-        return [order for order in orders if order is not None]
+        return [[r for r in self._members if hosts[r] != host] for host in present]
 
     def status(self) -> dict[str, Any]:
         """JSON-serialisable; `epoch` is the last announced, 0: none."""
@@ -757,7 +761,7 @@ class Membership:
             self._stop_service(old)
         self._services.append(self.generation)
         self._phase, self._nodes, self._base, self._slots = "service", nodes, base, base
-        self._members, self._used, self._fresh, self._unexplained, self._tried = list(nodes), set(), True, 0, None
+        self._members, self._used, self._fresh, self._unexplained, self._tried = list(nodes), {}, True, 0, None
         self._timers.keep("heartbeat", "back", "hold")
         self._timers.start(self.rules.service_timeout_s, now, "service")
         self._out.append(StartService(self.generation, nodes))
@@ -890,12 +894,31 @@ class Membership:
         self._persist(now)
 
     def _unused_order(self, members: list[int], joiners: list[int]) -> tuple[int, ...] | None:
-        """The nearest to (members, joiners) that this generation has not seen, joiners last if possible."""
+        """The nearest to (members, joiners) that none of these engines has been in, joiners last if possible."""
         if self.rules.orders == "sorted":
             return tuple(sorted([*members, *joiners]))
         last = (head + tail for head in permutations(members) for tail in permutations(joiners))
         orders = chain(last, permutations([*members, *joiners]))
-        return next((order for order in orders if order not in self._used), None)
+        return next((order for order in orders if self._is_free(order)), None)
+
+    def _is_free(self, order: tuple[int, ...]) -> bool:
+        """Whether these engines can form a communicator in this order: none has been in one. One rank needs none."""
+        before = self._used.get(order, ())
+        return len(order) == 1 or not any(
+            self._workers[r].incarnation == i for r, i in zip(order, before, strict=False)
+        )
+
+    def worn(self) -> int | None:
+        """A member whose engine should be replaced, by way of a drain, or orders run out: the members' own, or those
+        of the ranks that the loss of a host would leave. Of the ranks concerned the one that has been there longest,
+        and so on until they are free again. None where nothing runs out."""
+        if self.rules.orders == "sorted" or self.state != "SERVING":
+            return None
+        for ranks in (self._members, *self._left_by_a_loss()):
+            free = factorial(len(ranks)) - sum(not self._is_free(o) for o in self._used if set(o) == set(ranks))
+            if len(ranks) > 1 and free <= (len(ranks) > 2):
+                return min(ranks, key=lambda r: self._workers[r].incarnation)
+        return None
 
     def _incarnations(self, ranks: Sequence[int]) -> tuple[int, ...]:
         return tuple(self._workers[r].incarnation for r in ranks)
@@ -912,7 +935,7 @@ class Membership:
         self._oldest = self.epoch.number if self._stepping and self.epoch else epoch.number
         self.epoch, self._pending, self._fresh, self._stepping = epoch, None, False, True
         self._members, self._slots, self._entering = list(epoch.order), epoch.slots, set(epoch.order)
-        self._used.add(epoch.order)
+        self._used[epoch.order] = epoch.incarnations
         self._timers.stop("stall")
         self._timers.start(self.rules.enter_timeout_s, now, "enter")
         recovery = self._note(self._cause, "", now)

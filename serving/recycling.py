@@ -1,4 +1,5 @@
-"""Engines do not last for ever: each new mesh leaves sockets and threads of Gloo behind in them.
+"""Engines do not last for ever: each new mesh leaves sockets and threads of Gloo behind in them, and an order of ranks
+that can be used again only by other engines.
 
 So before that matters they are replaced, a host at a time, by way of a drain. Somebody must start workers again.
 """
@@ -24,7 +25,7 @@ async def recycle(coordinator: Coordinator, epochs: int = EPOCHS) -> None:
         host = coordinator.worn_host(epochs)
         if host is None:
             continue
-        log.info("host %s: its engines are replaced after %d epochs", host, epochs)
+        log.info("host %s: its engines are replaced, before sockets or orders of ranks run out", host)
         try:
             await asyncio.wait_for(coordinator.drain(host, away=False), _DRAIN)
         except (Unavailable, TimeoutError) as e:

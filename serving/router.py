@@ -38,8 +38,8 @@ class Oblivion:
     last_epoch: Epoch | None = None
     unfinished: Sequence[Entry] = ()
 
-    def orders(self, generation: int) -> list[tuple[int, ...]]:
-        return []
+    def orders(self, generation: int) -> dict[tuple[int, ...], tuple[int, ...]]:
+        return {}
 
     def transaction(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

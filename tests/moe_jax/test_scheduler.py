@@ -421,6 +421,16 @@ def test_looking_ahead_decodes_tokens_that_are_not_known_yet():
     assert [len(rank.outputs[name]) for name in "abc"] == [2, 1, 8]
 
 
+def test_the_last_token_of_a_request_takes_a_place_in_its_step():
+    rank = Rank(replace(LIMITS, max_prefill_rows=512))
+    for i in range(17):
+        rank.add(ask(str(i), [i] * 3, max_tokens=2))
+    rank.complete(rank.schedule(512, True))
+    rank.complete(last := rank.schedule(512, True))
+    assert last.decode_rows == 16 == len(last.entries)
+    rank.finish(rank.scheduler.wish())
+
+
 def test_nobody_looks_ahead_when_a_page_must_be_taken_for_it():
     rank = Rank(Limits(page_size=4, num_pages=3, max_batch=16, max_prefill_rows=32, max_model_len=8))
     for name in "ab":

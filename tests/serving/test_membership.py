@@ -175,7 +175,7 @@ class World:
         self.on_disk = set()
         self.numbers = (0, 0, 0)
         self.announced = []
-        self.orders = {}  # generation → orders
+        self.orders = {}  # generation → order → incarnations that have been in it
         self.fencing = set()  # (rank, incarnation) without an answer
         self.out = set()  # incarnations that were fenced or dismissed
         self.started = set()  # incarnations that an engine was started with
@@ -403,12 +403,12 @@ class World:
         assert (epoch.slots[:, others] == -1).all()
         live = {w.rank: w.incarnation for w in self.machine._workers.values()}
         assert tuple(live[r] for r in epoch.order) == epoch.incarnations and not set(epoch.incarnations) & self.out
-        seen = self.orders.setdefault(epoch.generation, set())
+        seen = self.orders.setdefault(epoch.generation, {}).setdefault(epoch.order, set())
         if self.rules.orders == "sorted":
             assert list(epoch.order) == sorted(epoch.order)
-        elif epoch.order in seen:  # only to go on in the same communicator
+        elif seen & set(epoch.incarnations) and len(epoch.order) > 1:  # only to go on in the same communicator
             assert last and (last.order, last.incarnations) == (epoch.order, epoch.incarnations) and not action.shrink
-        seen.add(epoch.order)
+        seen |= set(epoch.incarnations)
         for incarnation in epoch.incarnations:
             if incarnation in self.told:
                 halted = self.aborted.get(incarnation, 0) >= self.told[incarnation]
@@ -1301,13 +1301,41 @@ def test_orders_run_out(orders):
         seen.append(play.enter().order)
         play.hello(1)
         play.load(1)
+        if not play.seen(Persist)[-1:] or len(play.seen(Persist)[-1].epoch.order) < 2:
+            break
         seen.append(play.enter().order)
     if orders == "any":
-        assert seen == [(0, 1), (0,), (1, 0)] and not play.seen(StartService)
-        play.hello(1)
-        assert play.seen(StartService) == [StartService(2, (0, 1))]
+        assert seen == [(0, 1), (0,), (1, 0), (0,)] and play.seen(StartService) == [StartService(2, (0, 1))]
     else:
         assert seen == [(0, 1), (0,)] * 4 + [(0, 1)]
+
+
+def test_an_order_is_free_again_when_nobody_is_left_who_was_in_it():
+    play, seen = Play(ranks=2, size=3), []
+    for rank in (1, 0, 1, 0):
+        assert play.machine.worn() == (rank if seen else None)  # the one to be replaced
+        play.take()
+        play.kill(rank)
+        play.wait(0.1)
+        seen.append(play.enter().order)
+        play.hello(rank)
+        play.load(rank)
+        seen.append(play.enter().order)
+    assert seen == [(0,), (1, 0), (1,), (0, 1)] * 2 and not play.seen(StartService)
+
+
+def test_who_is_replaced_before_orders_run_out():
+    play = Play(ranks=4, size=4)
+    for rank in (3, 3, 3, 3, 3, 0, 1, 2):
+        # The others without rank 3 have had 5 of 6 orders, until none of them is left.
+        assert play.machine.worn() == (None if rank == 3 else rank)
+        play.kill(rank)
+        play.wait(0.1)
+        play.enter()
+        play.hello(rank)
+        play.load(rank)
+        play.enter()
+    assert play.machine.worn() is None
 
 
 def test_orders_of_the_meshes_ahead():

@@ -28,7 +28,7 @@ def epoch(order: tuple[int, ...] = (0, 2, 1), number: int = 7) -> m.Epoch:
 def taken_over(last: m.Epoch, entered: dict[int, int], rules: m.Rules = RULES) -> tuple[m.Membership, list[m.Action]]:
     machine = m.Membership(rules)
     machine.restore_from(last.number, 20, last.generation)
-    return machine, machine.take_over(last, (0, 1, 2), [(0, 1, 2), last.order], entered, 100.0)
+    return machine, machine.take_over(last, (0, 1, 2), {(0, 1, 2): (10, 11, 12)}, entered, 100.0)
 
 
 def only(actions: list[m.Action], kind: type[T]) -> T:

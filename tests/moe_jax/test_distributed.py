@@ -1,0 +1,152 @@
+"""Ranks that give up in the middle of collectives, or while they connect, leave nobody behind.
+
+Run as a program, this file is a rank: it obeys "epoch NUMBER RANK…" and "cut NUMBER", and says what it does.
+"""
+
+import itertools
+import queue
+import random
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+
+import pytest
+
+from moe_jax import distributed
+
+RANKS = 4
+
+
+def rank(own: int, address: str) -> None:
+    client = distributed.connect(address, own, RANKS)
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax import lax
+
+    from moe_jax.mesh import SHARDED, ExpertMesh
+    from moe_jax.moe import AXIS
+
+    epochs: queue.SimpleQueue[tuple[int, list[int]]] = queue.SimpleQueue()
+    inside, lost = [0], [0]
+    meshes: list[ExpertMesh] = []  # that are being connected
+
+    def say(*words: object) -> None:
+        print(*words, flush=True)
+
+    def cut() -> None:
+        attempt = 0
+        while 0 < inside[0] <= lost[0]:
+            distributed.cut_collectives(address, attempt)
+            if attempt > 2 and meshes and distributed.end_connecting(client, meshes[0].devices):
+                meshes.clear()
+            attempt += 1
+            time.sleep(0.01)
+
+    def listen() -> None:
+        for line in sys.stdin:
+            kind, number, *order = line.split()
+            if kind == "epoch":
+                epochs.put((int(number), [int(r) for r in order]))
+            else:
+                lost[0] = int(number)
+                threading.Thread(target=cut, daemon=True).start()
+
+    def shield(done: threading.Event) -> None:
+        while not done.wait(0.005):
+            distributed.shield_collectives(address)
+        distributed.shield_collectives(address)
+
+    threading.Thread(target=listen, daemon=True).start()
+    by_node = {device.process_index: device for device in jax.devices()}
+    program = None
+    say("ready", 0)
+    while True:
+        number, order = epochs.get()
+        mesh = ExpertMesh(tuple(by_node[r] for r in order))
+        if program is None:
+
+            @jax.jit
+            @partial(jax.shard_map, mesh=mesh.mesh, in_specs=(SHARDED,), out_specs=SHARDED, check_vma=False)
+            def step(x: jax.Array) -> jax.Array:
+                y = x[0]
+                for _ in range(3):
+                    y = lax.psum_scatter(jnp.tanh(lax.all_gather(y, AXIS)), AXIS)
+                return (y + lax.pmax(y[:6, 0].astype(jnp.int32), AXIS)[0])[None]
+
+            shape = jax.ShapeDtypeStruct((RANKS, 16, 64), np.float32, sharding=mesh.sharding(SHARDED))
+            program = distributed.serialize_program(step.lower(shape), True)
+        run = distributed.load_program(program, mesh.devices)
+        distributed.live_nodes(client, f"epoch-{number}", order, 60.0)
+        done = threading.Event()
+        threading.Thread(target=shield, args=(done,), daemon=True).start()
+        meshes[:], inside[0] = [mesh], number
+        say("entered", number)
+        try:
+            while True:
+                np.asarray(run([mesh.put([np.full((1, 16, 64), own, np.float32)], SHARDED)])[0][0])
+                if not done.is_set():
+                    done.set()
+                    meshes.clear()
+                    say("stepping", number)
+        except jax.errors.JaxRuntimeError:
+            inside[0] = 0
+            done.set()
+            say("left", number)
+
+
+class Rank:
+    def __init__(self, own: int, address: str) -> None:
+        command = [sys.executable, __file__, str(own), address]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.said: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.put(line.strip())
+
+    def tell(self, *words: object) -> None:
+        assert self.process.stdin is not None
+        print(*words, file=self.process.stdin, flush=True)
+
+    def until(self, *words: object) -> None:
+        while self.said.get(timeout=30) != " ".join(map(str, words)):
+            pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["stepping", "entered"])
+def test_nobody_is_left_behind(when: str) -> None:
+    with distributed.socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    service, draw = distributed.start_service(address, RANKS), random.Random(1)
+    ranks = [Rank(own, address) for own in range(RANKS)]
+    try:
+        for one in ranks:
+            one.until("ready", 0)
+        orders = list(itertools.permutations(range(RANKS)))
+        for number, order in enumerate(draw.sample(orders, len(orders)), 1):
+            for one in ranks:
+                one.tell("epoch", number, *order)
+            for one in ranks:
+                one.until(when, number)
+            time.sleep(draw.uniform(0.0, 0.03))
+            for one in draw.sample(ranks, RANKS):  # the first one as if it were lost
+                one.tell("cut", number)
+                time.sleep(0.002)
+            for one in ranks:
+                one.until("left", number)
+    finally:
+        for one in ranks:
+            one.process.kill()
+            one.process.wait()
+    assert service is not None
+
+
+if __name__ == "__main__":
+    rank(int(sys.argv[1]), sys.argv[2])
