@@ -141,6 +141,7 @@ def load_slots(
     wanted: Iterable[tuple[int, int]],
     dtype: Literal["float32", "bfloat16"],
     keep_expert_dtype: bool = True,
+    call: Call = direct,
 ) -> dict[str, np.ndarray]:
     """Each expert parameter of the n wanted (MoE layer, expert), as [n, *shape], typed as `load_params` would."""
     config, wanted = checkpoint.config, list(wanted)
@@ -158,7 +159,9 @@ def load_slots(
         arrays[name] = np.empty((len(wanted), *param.shape), target)
         for i, (moe_layer, expert) in enumerate(wanted):
             path, param = params[name, moe_layers[moe_layer]]
-            arrays[name][i] = checkpoint.read(path, param, moe_layers[moe_layer], expert)
+            at = path, param, moe_layers[moe_layer], expert
+            drawn = isinstance(checkpoint, DummyCheckpoint)
+            arrays[name][i] = checkpoint.read(*at, call) if drawn else checkpoint.read(*at)
     return arrays
 
 

@@ -24,10 +24,12 @@ class DummyCheckpoint:
         self._stored = dtype
         self._seed = seed
 
-    def read(self, path: tuple[Any, ...], param: Param, layer: int, expert: int | None) -> np.ndarray:
+    def read(
+        self, path: tuple[Any, ...], param: Param, layer: int, expert: int | None, call: Call = direct
+    ) -> np.ndarray:
         experts = None if expert is None else np.array([expert])
         device = jax.local_devices()[0]
-        array = self.draw(path, param, layer, experts, self.dtype(path, param, layer), device)
+        array = self.draw(path, param, layer, experts, self.dtype(path, param, layer), device, call)
         return np.asarray(array).reshape(param.shape)
 
     def dtype(self, path: tuple[Any, ...], param: Param, layer: int) -> np.dtype:

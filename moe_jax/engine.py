@@ -208,7 +208,7 @@ class Engine:
         return list(zip(layers.tolist(), ranks.tolist(), places.tolist(), strict=True))
 
     def _read(self, i: int, layer: int, expert: int) -> dict[str, jax.Array]:
-        arrays = load_slots(self.checkpoint, [(layer, expert)], self.config.dtype)
+        arrays = load_slots(self.checkpoint, [(layer, expert)], self.config.dtype, call=self.programs.call)
         device, prepare = self.own.devices[i], self.programs.prepare
         return {name: prepare(name, jax.device_put(array[0], device)) for name, array in arrays.items()}
 

@@ -623,6 +623,24 @@ def _print_host(args: argparse.Namespace, answer: Any, what: str) -> None:
 # -- key ------------------------------------------------------------------------------------------------------------
 
 
+def configure_rebalance(parser: argparse.ArgumentParser) -> None:
+    _add_coordinator(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def run_rebalance(args: argparse.Namespace, llm_factory: LLMFactory) -> int:
+    """Returns once the last weights are in place."""
+    from serving.protos import inference_pb2 as pb
+
+    with _admin(args) as admin:
+        done = admin.Rebalance(pb.RebalanceRequest())
+    if args.json:
+        print(json.dumps({"slots": done.slots, "epoch": done.epoch}))
+    else:
+        print(f"{done.slots} slots hold another expert now, in epoch {done.epoch}")
+    return 0
+
+
 def configure_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="of whoever is to use it")
     parser.add_argument("--admin", action="store_true", help="it may also drain hosts and the like")
@@ -689,6 +707,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("health", "Say whether new requests are served.", configure_health, run_health),
     Command("drain", "Move a host's requests to others and let it leave.", configure_drain, run_drain),
     Command("undrain", "Take a drained host back, whose workers the server starts.", configure_undrain, run_undrain),
+    Command("rebalance", "Move experts to where their load is even.", configure_rebalance, run_rebalance),
     Command("key", "Draw an API key.", configure_key, run_key),
     Command("plan", "Place experts, and say what the placement survives.", plan_command.configure, run_plan),
     Command("warmup", "Compile what a cluster and its losses need.", configure_warmup, run_warmup),

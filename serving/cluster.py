@@ -112,7 +112,8 @@ def make_cluster(
     config = engine_config(model, len(hosts), platform, **options)
     shape = model.num_moe_layers, model.num_experts, config.slots_for(model.num_experts)
     try:
-        _plan(*shape, hosts, range(len(hosts)), config.replication)
+        scatter = placement.choose_scatter(model.num_experts, hosts, shape[2], config.replication)
+        _plan(*shape, hosts, range(len(hosts)), config.replication, scatter)
     except ValueError as e:
         raise ConfigError(str(e)) from None
     repairs = Repairs(hosts, model.num_experts)
@@ -121,7 +122,7 @@ def make_cluster(
         """As much of the promise as these ranks can keep; None when they cannot hold every expert even once."""
         for replication in range(min(config.replication, len({hosts[r] for r in ranks})), 0, -1):
             try:
-                return _plan(*shape, hosts, ranks, replication)
+                return _plan(*shape, hosts, ranks, replication, scatter)
             except ValueError:
                 continue
         return None
@@ -172,8 +173,17 @@ def keep_in_place(held: Slots, wanted: Slots) -> Slots:
     return result
 
 
-def _plan(layers: int, experts: int, slots: int, hosts: Sequence[str], ranks: Sequence[int], replication: int) -> Slots:
+def _plan(
+    layers: int,
+    experts: int,
+    slots: int,
+    hosts: Sequence[str],
+    ranks: Sequence[int],
+    replication: int,
+    scatter: int | None,
+) -> Slots:
     """placement.plan for some of the ranks, in an array for all."""
     placed = np.full((layers, len(hosts), slots), -1, np.int32)
-    placed[:, list(ranks)] = placement.plan(layers, experts, [hosts[r] for r in ranks], slots, replication)
+    names = [hosts[r] for r in ranks]
+    placed[:, list(ranks)] = placement.plan(layers, experts, names, slots, replication, scatter=scatter)
     return placed

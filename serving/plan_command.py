@@ -46,7 +46,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--replication", type=int, default=2, metavar="R", help="hosts that hold each expert")
     group.add_argument(
-        "--scatter", type=int, nargs="+", metavar="W", help="with about how many hosts a host shares; more to compare"
+        "--scatter",
+        type=int,
+        nargs="+",
+        metavar="W",
+        help="with about how many hosts a host shares, more to compare "
+        "(default: as few as cost no balance, for the fewest fatal losses)",
     )
     group = parser.add_argument_group("what is reported")
     group.add_argument("--lose", type=int, nargs="+", metavar="K", help="lost hosts (default: 1 2 4 8 … below all)")
@@ -134,6 +139,7 @@ class Planned:
     slots: np.ndarray  # [layers, ranks, slots]
     seconds: float
     report: Report
+    scatter: int | None = None  # None: all hosts
     bound: float | None = None  # what its imbalance cannot go below
     moved: int | None = None  # slots, from --before to here
 
@@ -152,8 +158,13 @@ def run(args: argparse.Namespace) -> int:
         return placement.plan(*shape, setup.slots, setup.replication, setup.load, scatter)
 
     begun = time.perf_counter()
+    widths: list[int | None] = list(args.scatter or [])
+    if not widths and before is None:
+        scatter = placement.choose_scatter(setup.experts, setup.hosts, setup.slots, setup.replication, setup.load)
+        widths = [scatter]
+    choosing, begun = time.perf_counter() - begun, time.perf_counter()
     if before is None:
-        slots = plan((args.scatter or [None])[0])
+        slots = plan(widths[0])
     else:
         everyone, load = range(len(setup.hosts)), np.ones(shape[:2]) if setup.load is None else setup.load
         slots = placement.restore(before, everyone, setup.hosts, setup.experts, setup.replication, setup.load)
@@ -167,12 +178,13 @@ def run(args: argparse.Namespace) -> int:
     load = np.ones(shape[:2]) if setup.load is None else setup.load
     bound = placement.imbalance_bound(len(setup.hosts), setup.slots, setup.replication, load)
     moved = None if before is None else placement.moves(before, slots)
-    first, *others = args.scatter or [None]
-    plans = [describe("this plan" if first is None else f"scatter {first}", slots, seconds, bound=bound, moved=moved)]
+    first, *others = widths or [None]
+    name = f"scatter {first}" if args.scatter else "this plan"
+    plans = [describe(name, slots, seconds, scatter=first, bound=bound, moved=moved)]
     for scatter in others:
         begun = time.perf_counter()
         other = plan(scatter)
-        plans.append(describe(f"scatter {scatter}", other, time.perf_counter() - begun, bound=bound))
+        plans.append(describe(f"scatter {scatter}", other, time.perf_counter() - begun, scatter=scatter, bound=bound))
     if args.eplb:
         begun = time.perf_counter()
         other = placement.eplb(load, len(setup.hosts), setup.slots)
@@ -186,7 +198,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_as_json(setup, plans, changes)))
     else:
-        _print(setup, plans, changes, args.lost)
+        chosen = None if before is not None or args.scatter else choosing
+        _print(setup, plans, changes, args.lost, chosen)
     return 0
 
 
@@ -218,6 +231,7 @@ def _as_json(setup: Setup, plans: Sequence[Planned], changes: Changes | None) ->
         "slots": ours.slots.tolist(),
         "primary": primary.tolist(),
         "replication": setup.replication,
+        "scatter": ours.scatter,
         **_figures(setup, ours),
         "imbalance_bound": ours.bound,
         "rank_bytes": setup.rank_bytes,
@@ -266,7 +280,10 @@ def _finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def _print(setup: Setup, plans: Sequence[Planned], changes: Changes | None, lost: Sequence[str]) -> None:
+def _print(
+    setup: Setup, plans: Sequence[Planned], changes: Changes | None, lost: Sequence[str], choosing: float | None
+) -> None:
+    """choosing: seconds that finding a width took; None: it was given."""
     from rich.console import Console
     from rich.table import Table
 
@@ -288,6 +305,12 @@ def _print(setup: Setup, plans: Sequence[Planned], changes: Changes | None, lost
             f"on one host only; imbalance {plan.report.losses[0].imbalance:.4f}"
             + ("" if plan.bound is None else f", which cannot be below {plan.bound:.4f}")
             + f"; placed in {1e3 * plan.seconds:.0f} ms"
+        )
+    if choosing is not None:
+        width = "all others" if ours.scatter is None else f"{ours.scatter} others or a few more"
+        console.print(
+            f"a host shares the replicas that are promised with {width}: the fewest at which balance holds up, so that "
+            f"the fewest further losses are fatal; found in {1e3 * choosing:.0f} ms"
         )
     if ours.moved is not None:
         console.print(f"moved: {ours.moved} slots, {_size(ours.moved * setup.expert_bytes)}")

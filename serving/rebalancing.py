@@ -63,7 +63,7 @@ class Rebalancing:
             await asyncio.sleep(self.policy.every)
             try:
                 await self.look()
-            except RuntimeError as e:
+            except (RuntimeError, LookupError) as e:  # ranks come and go meanwhile
                 log.info("experts stay where they are: %s", e)
 
     async def look(self) -> bool:

@@ -107,6 +107,8 @@ def _name(program: dict[str, Any]) -> str:
     if bucket is None:
         return "loading of parameters"
     kind = "score" if bucket["score"] else "prefill" if bucket["prefill"] else "decode"
+    if program["step"] == "connect":
+        return f"communicator, {program['mesh']} ranks"
     mesh = "1 rank" if program["mesh"] == 1 else f"{program['mesh']} ranks"
     return f"{program['step']} of {kind}, {bucket['rows']} rows, {mesh}"
 

@@ -19,7 +19,7 @@ from moe_jax.placement.measures import (
     moves,
     survivable_host_losses,
 )
-from moe_jax.placement.planning import plan, rebalance
+from moe_jax.placement.planning import choose_scatter, plan, rebalance
 from moe_jax.placement.repairing import part, repair, restore
 from moe_jax.placement.report import Changes, LossReport, Report, changes, report
 from moe_jax.placement.tables import primaries, routing
@@ -30,6 +30,7 @@ __all__ = [
     "LossReport",
     "Report",
     "changes",
+    "choose_scatter",
     "eplb",
     "fatal_probability",
     "imbalance",

@@ -17,6 +17,7 @@ from moe_jax.placement.board import (
     whole,
 )
 
+_LAYERS_TRIED, _HOSTS_TRIED = 4, 64  # to choose a width; layers are alike
 _ROUNDS = 32  # of rebalancing: at most so many replicas more in a layer
 _LESS = 0.01  # of the mean load, that the most loaded rank must lose for more moves to be worth it
 
@@ -62,6 +63,48 @@ def plan(
     balance(board, shares, replication, cells)
     fill(board, shares)  # a swap may have put an expert on the last host without it, so that it may be twice on one
     return board.placed
+
+
+def choose_scatter(
+    num_experts: int,
+    hosts: Sequence[str],
+    slots: int,
+    replication: int,
+    load: np.ndarray | None = None,
+    uneven: float = 0.01,
+    after_loss: float = 0.25,
+) -> int | None:
+    """The narrowest scatter that `plan` need not pay for with its balance: what else survives is the most that can.
+
+    The narrower, the fewer sets of `replication` hosts share an expert, and the fewer losses beyond the promise are
+    fatal. Allowed is at most `uneven` more imbalance than with None, and `after_loss` more once any one host is lost,
+    in the mean (0.01: one percent). load [layers, experts], of which a few layers are looked at; None: equal.
+    Returns None, all hosts, where nothing narrower is allowed, and beyond 64 hosts, where trying takes too long.
+    Raises as `plan`.
+    """
+    number = len(set(hosts))
+    most = 1 if load is None else min(len(load), _LAYERS_TRIED)
+    tried = None if load is None else load[np.linspace(0, len(load) - 1, most).astype(int)]
+
+    def measure(scatter: int | None) -> tuple[float, float]:
+        placed = plan(most, num_experts, hosts, slots, replication, tried, scatter)
+        host, shares = number_hosts(hosts, slots)[0], shares_of(tried, most, num_experts)
+        after = [_imbalance(placed[:, host != h], shares) for h in range(number)]
+        return _imbalance(placed, shares), float(np.mean(after))
+
+    if replication < 2 or not replication < number <= _HOSTS_TRIED:
+        return None
+    allowed = [x * (1 + more) for x, more in zip(measure(None), (uneven, after_loss), strict=True)]
+    for scatter in (replication - 1 << i for i in range(8) if replication - 1 << i < number // 2):
+        if all(x <= y for x, y in zip(measure(scatter), allowed, strict=True)):
+            return scatter
+    return None
+
+
+def _imbalance(placed: np.ndarray, shares: np.ndarray) -> float:
+    """As measures.imbalance, over the ranks of `placed`."""
+    total = slot_load(placed, shares).sum(2)
+    return float((total.max(1) / total.mean(1)).mean())
 
 
 def rebalance(

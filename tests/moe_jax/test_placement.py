@@ -413,6 +413,40 @@ def test_ranks_and_hosts_must_fit_the_placement():
         restore(slots, [0, 2], list("ab"), 4, 2)
 
 
+@pytest.mark.parametrize("kind", ["equal", "uniform", "zipf"])
+def test_what_else_survives_is_the_most_that_balance_allows(kind):
+    """The default of `moe-jax plan`: fewer losses beyond the promise are fatal than with any wider scatter, for at most
+    1 % more imbalance, and 25 % after a loss. Where a narrow one would cost more, it is all hosts."""
+    load = None if kind == "equal" else make_load(kind, 4, 256)
+    scatter = placement.choose_scatter(256, ONE_EACH, 16, 2, load)
+    assert (scatter is None) == (kind == "zipf")
+
+    def measure(scatter):
+        placed = plan(4, 256, ONE_EACH, 16, 2, load, scatter)
+        lost = [[rank for rank in range(32) if rank != h] for h in range(32)]
+        after = np.mean([placement.imbalance(placed, left, load, 256) for left in lost])
+        fatal = [placement.fatal_probability(placed, ONE_EACH, 256, k)[0] for k in (2, 3, 4)]
+        return placement.imbalance(placed, range(32), load, 256), after, fatal
+
+    even, after, fatal = measure(scatter)
+    all_even, all_after, all_fatal = measure(None)
+    assert even <= 1.01 * all_even and after <= 1.25 * all_after
+    assert scatter is None or fatal[0] < 0.5 * all_fatal[0]
+    for wider in (8, 15) if scatter is not None else ():
+        assert fatal[0] <= measure(wider)[2][0]
+    for narrower in [w for w in (1, 2, 4, 8) if scatter is None or w < scatter]:
+        even, after, _ = measure(narrower)
+        assert even > 1.01 * all_even or after > 1.25 * all_after
+
+
+def test_a_width_is_chosen_only_where_there_is_a_choice():
+    assert placement.choose_scatter(8, list("ab"), 8, 2) is None
+    assert placement.choose_scatter(8, list("abcd"), 4, 1) is None
+    assert placement.choose_scatter(64, [f"h{i}" for i in range(65)], 2, 2) is None
+    with pytest.raises(ValueError, match="slots: found 4 in all"):
+        placement.choose_scatter(8, list("abcd"), 1, 2)
+
+
 # rebalance -----------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax import programs
 from moe_jax.checkpoint import open_checkpoint
-from moe_jax.executables import Executables, Program
+from moe_jax.executables import Executables, Program, compilations
 from moe_jax.llm import engine_config, model_directory
 from moe_jax.local import local_engine
 from moe_jax.programs import ProgramStore
@@ -101,6 +101,17 @@ def test_compiled_elsewhere(tmp_path: Path) -> None:
     assert found == run(reference, requests)
     for key, logits in reference.logits.items():
         assert (engine.logits[key] == logits).all()
+
+
+def test_drawn_weights_are_compiled_for_once(tmp_path: Path) -> None:
+    """Loading them, and setting slots, as files' are."""
+    checkpoint = open_checkpoint(model_directory("demo"), "dummy")
+    config = engine_config(checkpoint.config, 2, "cpu", **SMALL)
+    for compiles in (True, False):
+        jax.clear_caches()
+        before = compilations.count
+        local_engine(checkpoint, config, jax.devices()[:2], ProgramStore(tmp_path)).prime()
+        assert (compilations.count > before) == compiles
 
 
 def test_a_compiler_that_fails_says_why(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import grpc
 import pytest
 
 import serving.cli
+from moe_jax.placement import read_load
 from serving.cli import main
 from serving.protos import cluster_pb2, cluster_pb2_grpc
 from serving.protos import inference_pb2 as pb
@@ -199,6 +200,9 @@ class FakeAdmin(rpc.AdminServicer):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "host a: too few slots")
         return pb.DrainResponse(ranks=[] if request.host == "gone" else [2, 3], epoch=7)
 
+    def Rebalance(self, request: pb.RebalanceRequest, context: grpc.ServicerContext) -> pb.RebalanceResponse:
+        return pb.RebalanceResponse(slots=12, epoch=9)
+
     def Undrain(self, request: pb.UndrainRequest, context: grpc.ServicerContext) -> pb.UndrainResponse:
         if request.host == "a":
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "host a: its workers are not started from here")
@@ -245,6 +249,26 @@ def test_drain(coordinator: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "FAILED_PRECONDITION: host a: too few slots" in capsys.readouterr().err
     assert main(["drain", "gone", "--address", coordinator]) == 0
     assert capsys.readouterr().out == "gone: no ranks left; the cluster is in epoch 7\n"
+
+
+def test_rebalance(coordinator: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rebalance", "--address", coordinator, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"slots": 12, "epoch": 9}
+    assert main(["rebalance", "--address", coordinator]) == 0
+    assert capsys.readouterr().out == "12 slots hold another expert now, in epoch 9\n"
+
+
+def test_the_load_is_written_where_plan_reads_it(
+    coordinator: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["status", "--address", coordinator, "--load", str(tmp_path / "load.json")]
+    monkeypatch.setitem(STATUS, "load", [])
+    assert main(asked) == 1
+    assert "no tokens have been counted yet" in capsys.readouterr().err
+    monkeypatch.setitem(STATUS, "load", [[1.5, 2.0], [3.0, 0.0]])
+    assert main([*asked, "--json"]) == 0
+    assert "load" not in json.loads(capsys.readouterr().out)
+    assert read_load(tmp_path / "load.json").tolist() == [[1.5, 2.0], [3.0, 0.0]]
 
 
 def test_undrain(coordinator: str, capsys: pytest.CaptureFixture[str]) -> None:
