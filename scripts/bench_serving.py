@@ -124,6 +124,7 @@ def peer(order: dict[str, Any]) -> None:
         print(json.dumps({"prefill": rows * context / seconds}), flush=True)
         for batch in order["batch"]:
             cache, found = DynamicCache(config=config), {}
+            model.set_experts_implementation("grouped_mm")
             for part in range(0, context, 256):  # in parts: the whole would not fit beside the weights
                 model(tokens(batch, min(256, context - part)), past_key_values=cache, logits_to_keep=1)
             # batched_mm copies each token's experts: for few tokens only.
