@@ -69,8 +69,8 @@ def finite(new: Cache) -> Cache:
 
 
 def write(cache: Cache, new: Cache, position: jax.Array, page: jax.Array) -> Cache:
-    """As `attention.write`. Caches are taken as arrays of lines, and updates go to the first axes: of other scatters XLA
-    turns the whole operand around, and back."""
+    """As `attention.write`. Caches are taken as arrays of lines, and updates go to the first axes: of other scatters
+    XLA may turn the whole operand around, and back."""
     k, v = cache["k"], cache.get("v")
     layers, pages, kv_heads, key_dim, page_size = k.shape
     offset = position % page_size
