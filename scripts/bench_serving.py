@@ -1,4 +1,4 @@
-"""Decode throughput, prefill rate and time to first token of the engine, beside the device's ceilings and `transformers`.
+"""Decode throughput, prefill rate and time to first token of the engine, beside the ceilings and `transformers`.
 
     python scripts/bench_serving.py [--shape qwen3-30b-a3b | deepseek-v3 | demo] [--layers N] [--batch 1 32 128 256]
                                     [--context 1024] [--peer-batch 1 128] [--kernels K …] [--profile]
