@@ -22,7 +22,6 @@ from moe_jax.sampling import Sampled, SampleParams
 from moe_jax.scheduler import Sampled as HostSampled
 from moe_jax.scheduler import StepPlan
 
-
 _ALIGN = 64  # words: a field may be handed to a GPU's kernel where it lies, and such take 256 bytes
 
 

@@ -334,7 +334,7 @@ class EngineConfig:
     max_model_len: int = 4096
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computation; weights keep the checkpoint's type if narrower
     deterministic: bool = True  # same bits whatever the batch and the mesh; design: "Same tokens, by construction"
-    # "native": in C++, for a CPU; "hopper": Pallas; "reference": plain JAX; "auto": native where it can be, else xla
+    # "native": in C++, for a CPU; "hopper": Pallas; "reference": plain JAX; "auto": native or hopper, or else xla
     kernels: Literal["auto", "native", "hopper", "xla", "reference"] = "auto"
     prefix_caching: bool = True
     return_logits: bool = False  # steps also return float32 logits: for tests

@@ -13,6 +13,7 @@ from jax import lax
 
 from moe_jax.attention import Cache, Entries
 from moe_jax.config import EngineConfig, ModelConfig
+from moe_jax.kernels import decode
 from moe_jax.kernels.grouped_gemm import block_rows, to_blocks
 from moe_jax.kernels.paged_attention import LOG2E, PAGE, ROWS, Queries, choose_splits, merge, paged_attention
 from moe_jax.small import Call
@@ -68,8 +69,8 @@ def finite(new: Cache) -> Cache:
 
 
 def write(cache: Cache, new: Cache, position: jax.Array, page: jax.Array) -> Cache:
-    """As `attention.write`. Caches are taken as arrays of lines, and updates go to the first axes: of other scatters XLA
-    turns the whole operand around, and back."""
+    """As `attention.write`. Caches are taken as arrays of lines, and updates go to the first axes: of other scatters
+    XLA may turn the whole operand around, and back."""
     k, v = cache["k"], cache.get("v")
     layers, pages, kv_heads, key_dim, page_size = k.shape
     offset = position % page_size
@@ -108,12 +109,19 @@ def attend(
     value_dim: int,
     row_tile: int,
     prefill: bool,
+    fused: bool,
 ) -> jax.Array:
-    """As `attention.attend`, up to rounding. `new` must be finite, items are `decode_items`."""
+    """As `attention.attend`, up to rounding. `new` must be finite, items are `decode_items`. fused: see `model.Run`."""
     rows, heads, key_dim = q.shape
     kv_heads = cache["k"].shape[2]
     groups = heads // kv_heads
     grouped = q.reshape(rows, kv_heads, groups, key_dim)
+
+    def look(
+        queries: jax.Array, tokens: int, items: Queries, nk: jax.Array | None, nv: jax.Array | None, splits: int
+    ) -> tuple[jax.Array, jax.Array]:
+        pages = cache["k"], cache.get("v"), nk, nv
+        return paged_attention(queries, *pages, layer, e.tables, items, value_dim, tokens, splits)
 
     def see(
         queries: jax.Array, tokens: int, items: Queries, nk: jax.Array | None, nv: jax.Array | None, splits: int
@@ -122,11 +130,7 @@ def attend(
         n, wide = queries.shape[0], _padded_groups(groups, tokens)
         queries = jnp.pad(queries, ((0, 0),) * 3 + ((0, wide - groups), (0, 0)))
         queries = queries.swapaxes(1, 2).reshape(n, kv_heads, tokens * wide, key_dim)
-        out, lse = merge(
-            *paged_attention(
-                queries, cache["k"], cache.get("v"), nk, nv, layer, e.tables, items, value_dim, tokens, splits
-            )
-        )
+        out, lse = merge(*look(queries, tokens, items, nk, nv, splits))
 
         def by_row(x: jax.Array) -> jax.Array:
             x = x.reshape(n, kv_heads, tokens, wide, *x.shape[3:]).swapaxes(1, 2)
@@ -136,7 +140,11 @@ def attend(
 
     n = items.entry.shape[0]
     blocks = kv_heads * -(-_padded_groups(groups, 1) // ROWS)
-    out, lse = see(grouped[:n, None], 1, items, None, None, choose_splits(n, blocks, e.tables.shape[1]))
+    splits = choose_splits(n, blocks, e.tables.shape[1])
+    if fused:
+        found = look(grouped, 1, items, None, None, splits)
+        return decode.merge(*found, grouped, new["k"], new["v"]).reshape(rows, heads, value_dim)
+    out, lse = see(grouped[:n, None], 1, items, None, None, splits)
     if prefill:
         pages = -(-rows // PAGE)
 
@@ -157,11 +165,11 @@ def attend(
         tiled = see(
             grouped.reshape(-1, row_tile, *grouped.shape[1:]), row_tile, items, paged(new["k"]).swapaxes(2, 3), nv, 1
         )
-        decode = jnp.arange(rows) < e.num_decode
+        is_decode = jnp.arange(rows) < e.num_decode
 
         def choose(few: jax.Array, all_rows: jax.Array) -> jax.Array:
             few = jnp.pad(few, ((0, rows - n),) + ((0, 0),) * (few.ndim - 1))
-            return jnp.where(decode.reshape(-1, *[1] * (few.ndim - 1)), few, all_rows)
+            return jnp.where(is_decode.reshape(-1, *[1] * (few.ndim - 1)), few, all_rows)
 
         out, lse = choose(out, tiled[0]), choose(lse, tiled[1])
     # Last, every row sees itself.

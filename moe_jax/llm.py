@@ -125,8 +125,8 @@ def engine_config(
         config = replace(config, num_pages=known["num_pages"])
         if config.num_pages > fit:
             raise ConfigError(
-                f"num_pages: found {config.num_pages}, expected at most {fit}: the device has room for so many pages of "
-                f"{config.page_size * position_bytes(model, config)} bytes beside weights and workspace"
+                f"num_pages: found {config.num_pages}, expected at most {fit}: the device has room for so many pages "
+                f"of {config.page_size * position_bytes(model, config)} bytes beside weights and workspace"
             )
     if "num_pages" not in known:
         each = -(-min(config.max_model_len, 1024) // config.page_size)

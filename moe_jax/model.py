@@ -52,6 +52,15 @@ class Run:
         return self.deterministic or not self.straight
 
     @property
+    def fused(self) -> bool:
+        """Whether what lies between the products is done by `kernels.decode`."""
+        if self.kernels != "hopper" or self.prefill:
+            return False
+        from moe_jax.kernels import decode  # Pallas takes its time to import
+
+        return decode.fits(self.model)
+
+    @property
     def ffn(self) -> Any:
         """As expert_ffn."""
         versions = {"native": native.expert_ffn, "xla": expert_ffn_reference if self.straight else expert_ffn}
@@ -95,6 +104,10 @@ class Layer:
 
     def norm(self, x: jax.Array, name: str, eps: float | None = None) -> jax.Array:
         eps = self.run.model.rms_norm_eps if eps is None else eps
+        if self.run.fused:
+            from moe_jax.kernels import decode
+
+            return decode.norm(x, self.stacks[name], self.index, eps)
         return rms_norm(x, self.params[name], eps, self.run.ordered)
 
     def dense(
@@ -137,6 +150,11 @@ def project(p: Layer, x: jax.Array, turn: Turn) -> tuple[jax.Array, Cache]:
     if p.run.kernels == "native":
         norms = None if c.qk_norm == "none" else (p.stacks["q_norm"], p.stacks["k_norm"])
         q, k, v = native.split_heads(h, norms, turn, p.index, p.rows, c)
+        return q, {"k": k, "v": v}
+    if p.run.fused:
+        from moe_jax.kernels import decode
+
+        q, k, v = decode.split_heads(h, p.stacks["q_norm"], p.stacks["k_norm"], turn, p.index, c)
         return q, {"k": k, "v": v}
     q, k, v = jnp.split(h, [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim], axis=-1)
 
@@ -192,8 +210,8 @@ def layer(
     elif run.kernels == "hopper":
         from moe_jax import hopper
 
-        new = hopper.finite(new)
-        a = hopper.attend(q, new, cache, index, decode_items, e, value_dim, run.row_tile, run.prefill)
+        new = new if run.fused else hopper.finite(new)
+        a = hopper.attend(q, new, cache, index, decode_items, e, value_dim, run.row_tile, run.prefill, run.fused)
     elif run.straight:
         a = attend_gathered(q, new, cache, index, position, e, value_dim, run.row_tile, run.prefill)
     else:
@@ -208,6 +226,16 @@ def layer(
         h, ids, weights = p.route(x)
         return p.swiglu(h, "shared_", residual=x) if c.shared_intermediate_size else x, h, ids, weights
 
+    if run.fused and experts is not None and run.dispatch.ranks == 1:
+        from moe_jax.kernels import decode
+        from moe_jax.kernels.hopper_ffn import hopper_ffn
+
+        x = p.dense(a.reshape(x.shape[0], -1), "o", residual=x)
+        h = p.norm(x, "mlp_norm")
+        scores = jnp.dot(h, p.params["router"], preferred_element_type=jnp.float32)
+        slots, weights = decode.route(scores, table, p.index, real, c)
+        stacks = experts["experts_gate_up"], experts["experts_down"]
+        return hopper_ffn(h, slots, weights, *stacks, p.index, residual=x), new
     after = run.tiles(after_attention, e.num_tiles, x, a)
     if experts is None:
         return after, new, jnp.zeros((x.shape[0], 0), jnp.int32)
@@ -252,7 +280,7 @@ def forward(
     if run.kernels == "hopper":
         from moe_jax import hopper
 
-        decode_items = hopper.decode_items(position, e)
+        decode_items, real = hopper.decode_items(position, e), real.astype(jnp.int32)
     for p, (has_experts, first, layers) in zip(params["segments"], run.model.segments, strict=True):
         # Expert weights are cut out of their stack where they are used: scanned, every slot would be copied.
         experts = {name: a for name, a in p.items() if name.startswith("experts_")} if has_experts else None

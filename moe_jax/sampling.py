@@ -135,13 +135,13 @@ def sample_fast(logits: jax.Array, p: SampleParams, want_top: jax.Array) -> Samp
     total = jax.nn.logsumexp(logits, axis=-1)
     costly = _restricted(p).any() | want_top
 
-    def token(scaled: jax.Array) -> jax.Array:
+    def draw(scaled: jax.Array) -> jax.Array:
         return jnp.argmax(_noisy(logits, scaled, p), axis=-1).astype(jnp.int32)
 
     token, *top = lax.cond(
         costly,
-        lambda: (token(restrict(_scaled(logits, p), p.top_k, p.top_p)), *_best(logits, total)),
-        lambda: (token(_scaled(logits, p)), *_no_best(logits)),
+        lambda: (draw(restrict(_scaled(logits, p), p.top_k, p.top_p)), *_best(logits, total)),
+        lambda: (draw(_scaled(logits, p)), *_no_best(logits)),
     )
     return Sampled(token, _chosen(logits, token, total), *top)
 

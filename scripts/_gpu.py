@@ -97,8 +97,8 @@ def seconds(compiled: Any, arguments: Sequence[tuple[Any, ...]], at_least: float
 
 
 def ceilings(smaller: int = 1) -> tuple[float, float]:
-    """FLOP/s of cuBLAS at 8192^3 in bfloat16, random data, and bytes/s, read and written, of copying 2 GiB, the better of
-    a copy and a kernel that scales. smaller: each axis and the bytes by so much, for a CPU."""
+    """FLOP/s of cuBLAS at 8192^3 in bfloat16, random data, and bytes/s, read and written, of copying 2 GiB, the better
+    of a copy and a kernel that scales. smaller: each axis and the bytes by so much, for a CPU."""
     n, size = 8192 // smaller, (1 << 30) // smaller
     a = [(normal(0, n, n), normal(1, n, n))]
     flops = 2 * n**3 / seconds(program(jnp.matmul, a), a, 0.5)

@@ -31,7 +31,8 @@ def main() -> None:
     _, bandwidth = ceilings()
     for name, (groups, hidden, inner) in MODELS.items():
         config = parse_hugging_face(
-            dict(model_type="qwen3_moe", vocab_size=64, hidden_size=hidden, num_hidden_layers=1, num_attention_heads=1)
+            dict(model_type="qwen3_moe", vocab_size=64, hidden_size=hidden, num_hidden_layers=1)
+            | dict(num_attention_heads=1, num_key_value_heads=1)
             | dict(num_experts=groups, num_experts_per_tok=CHOICES, moe_intermediate_size=inner, intermediate_size=64)
         )
         gate_up = jax.jit(partial(to_blocks, swiglu=True))(normal(0, 1, groups, hidden, 2 * inner, scale=0.02))

@@ -1,4 +1,4 @@
-"""Decode throughput, prefill rate and time to first token of the engine, beside the device's ceilings and `transformers`.
+"""Decode throughput, prefill rate and time to first token of the engine, beside the ceilings and `transformers`.
 
     python scripts/bench_serving.py [--shape qwen3-30b-a3b | deepseek-v3 | demo] [--layers N] [--batch 1 32 128 256]
                                     [--context 1024] [--peer-batch 1 128] [--kernels K …] [--profile]
@@ -124,6 +124,7 @@ def peer(order: dict[str, Any]) -> None:
         print(json.dumps({"prefill": rows * context / seconds}), flush=True)
         for batch in order["batch"]:
             cache, found = DynamicCache(config=config), {}
+            model.set_experts_implementation("grouped_mm")
             for part in range(0, context, 256):  # in parts: the whole would not fit beside the weights
                 model(tokens(batch, min(256, context - part)), past_key_values=cache, logits_to_keep=1)
             # batched_mm copies each token's experts: for few tokens only.
@@ -273,6 +274,7 @@ class ExpertCount:
         import jax
         import jax.numpy as jnp
 
+        import moe_jax.kernels.hopper_ffn
         import moe_jax.model
         from moe_jax.executables import Program
 
@@ -280,21 +282,24 @@ class ExpertCount:
         assert engine is not None and engine.mesh is not None
         self.engine, self.hits = engine, []
         self.bucket = [b for b in engine.buckets if not b.prefill][-1]
-        original, experts = moe_jax.model.moe, engine.model.num_experts
+        hopper, experts = engine.programs.engine.kernels == "hopper", engine.model.num_experts
+        # Either is given the rows, and each row's experts (on one rank without replicas, its slots).
+        owner, name = (moe_jax.kernels.hopper_ffn, "hopper_ffn") if hopper else (moe_jax.model, "moe")
+        original = getattr(owner, name)
 
-        def counted(h: Any, ids: Any, *rest: Any, **options: Any) -> Any:
+        def counted(x: Any, ids: Any, *rest: Any, **options: Any) -> Any:
             hit = (ids.reshape(-1)[:, None] == jnp.arange(experts)).any(0).sum()
             jax.debug.callback(lambda n: self.hits.append(int(n)), hit)
-            return original(h, ids, *rest, **options)
+            return original(x, ids, *rest, **options)
 
-        moe_jax.model.moe = counted  # type: ignore[assignment]
+        setattr(owner, name, counted)
         try:
             program, mesh = Program("step", self.bucket, 1), engine.mesh
             arguments = engine.programs.arguments(program, mesh)
             self.tree = jax.tree.structure(arguments)
             self.step = engine.programs.step(self.bucket, mesh).lower(*arguments).compile()
         finally:
-            moe_jax.model.moe = original
+            setattr(owner, name, original)
 
     def __call__(self) -> float:
         """The mean over layers, for the sequences that decode now."""
@@ -375,9 +380,8 @@ def main() -> None:
             results["transformers"] = run_peer(order)
             for line in results["transformers"]:
                 print("transformers:", json.dumps(line), flush=True)
-        from _gpu import ceilings
-
         import jax
+        from _gpu import ceilings
 
         on_cpu = jax.default_backend() == "cpu"
         flops, bandwidth = ceilings(64 if on_cpu else 1)
@@ -439,8 +443,8 @@ def measure(
         peer_step = next((t["step"] for t in theirs if t.get("batch") == batch), None)
         out["decode"].append(line)
         print(
-            f"decode, batch {batch:3d}: {1e3 * step:7.2f} ms a step, {batch / step:7.0f} tokens/s, {hit:.1f} experts hit "
-            f"a layer, {least / 1e9:.1f} GB, {line['roofline']:.1%} of the roofline"
+            f"decode, batch {batch:3d}: {1e3 * step:7.2f} ms a step, {batch / step:7.0f} tokens/s, {hit:.1f} experts "
+            f"hit a layer, {least / 1e9:.1f} GB, {line['roofline']:.1%} of the roofline"
             + (f", {peer_step / step:.1f} x transformers" if peer_step else ""),
             flush=True,
         )

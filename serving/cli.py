@@ -139,7 +139,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         choices=("auto", "native", "hopper", "xla", "reference"),
         default=argparse.SUPPRESS,
-        help="default: auto, which is native on a CPU with a C++ compiler, else xla; hopper: Pallas, on H100 and H200",
+        help="default: auto: native on a CPU with a C++ compiler, hopper (Pallas) on H100 and H200, else xla",
     )
 
 

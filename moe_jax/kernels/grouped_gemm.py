@@ -197,9 +197,9 @@ def grouped_gemm(
         return panel * c.panel + lax.rem(r, high), lax.div(r, high)
 
     def body(*refs: Any, xs: Any, ws: Any, ys: Any, full: Any, empty: Any) -> None:
-        x_g, w_g, *scale_g, group_g, row_g, size_g, head_g, y_g = refs
+        x_g, w_g, *scale_g, group_g, row_g, size_g, count_g, layer_g, y_g = refs
         wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
-        count, layer = head_g[0], head_g[1]
+        count, layer = count_g[0], layer_g[0]
         mine = lax.div(count * across - sm + clusters - 1, clusters)
 
         def tile(i: jax.Array) -> tuple[jax.Array, ...]:
@@ -389,6 +389,6 @@ def grouped_gemm(
         ),
         **({} if interpret is None else {"interpret": interpret}),
     )
-    head = jnp.stack([tiles.count, layer]).astype(jnp.int32)
+    scalars = tiles.count.reshape(1), layer.reshape(1)  # apart: putting them together would take a kernel of its own
     weights = (blocks.reshape(-1, BLOCK_K), *(() if scales is None else (scales.reshape(-1),)))
-    return run(x, *weights, tiles.group, tiles.row, tiles.size, head)
+    return run(x, *weights, tiles.group, tiles.row, tiles.size, *scalars)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.kernels import tuning
+from moe_jax.kernels.decode import assign, can_assign
 from moe_jax.kernels.grouped_gemm import SMS, dequantise, from_blocks, grouped_gemm, swiglu
 from moe_jax.kernels.routing import assign_rows, combine, cut_tiles, padded_rows, permute
 
@@ -51,8 +52,12 @@ def hopper_ffn(
     inner = down.shape[3] * 64
     first, second = configs(groups, hidden, inner, round(m * choices * share), gate_up.dtype.itemsize)
     up_scales, down_scales = scales or (None, None)
-    place, sizes = assign_rows(slot, groups)
-    up, back = (cut_tiles(sizes, slot.size, c.block_m) for c in (first, second))
+    if first.block_m == second.block_m and can_assign(slot.size, groups):
+        place, up = assign(slot, groups, first.block_m, interpret=interpret is not None)
+        back = up
+    else:
+        place, sizes = assign_rows(slot, groups)
+        up, back = (cut_tiles(sizes, slot.size, c.block_m) for c in (first, second))
     h = permute(x, place, padded_rows(slot.size, groups), interpret=interpret)
     h = grouped_gemm(h, gate_up, up, layer, first, True, up_scales, sms=sms, interpret=interpret)
     y = grouped_gemm(h, down, back, layer, second, False, down_scales, sms=sms, interpret=interpret)

@@ -84,7 +84,7 @@ def paged_attention(
     layer [] int32; tables [entries, pages] int32. Key and value dims must be multiples of 64. Nothing may be NaN.
 
     Returns, for S parts, [items, S, kv_heads, rows, value_dim] in q's dtype, and the base-2 logarithm of the sum of
-    exponentials [items, S, kv_heads, rows] float32, -inf where nothing is seen (and then zeros).
+    exponentials [items, S, kv_heads, rows or more] float32, -inf where nothing is seen (and then zeros).
     """
     n, kv_heads, rows, key_dim = q.shape
     dtype = q.dtype
@@ -307,7 +307,7 @@ def paged_attention(
         if new_values is not None:
             arguments.append(new_values.reshape(-1, value_dim))
     out, lse = run(*arguments, tables, items.entry, items.seen, items.first, items.row, layer.reshape(1))
-    return out, lse[..., :rows]
+    return out, lse
 
 
 def paged_attention_reference(
@@ -353,9 +353,10 @@ def paged_attention_reference(
 
 
 def merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Parts along axis 1 as one: out [n, S, ..., dim], lse [n, S, ...] in base 2; float32. Nothing seen: zeros."""
+    """Parts along axis 1 as one: out [n, S, ..., rows, dim], lse [n, S, ..., rows or more] in base 2; float32. Nothing
+    seen: zeros."""
     # Part by part: XLA makes one pass of sums that are written out, and several of reductions.
-    parts = range(lse.shape[1])
+    parts, lse = range(lse.shape[1]), lse[..., : out.shape[-2]]
     top = reduce(jnp.maximum, (lse[:, i] for i in parts))
     top = jnp.where(jnp.isfinite(top), top, 0)
     weights = [jnp.exp2(lse[:, i] - top) for i in parts]

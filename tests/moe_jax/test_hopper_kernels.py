@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractMesh
 
 from moe_jax.checkpoint import open_checkpoint
 from moe_jax.config import ConfigError
@@ -166,6 +167,8 @@ def test_permute_and_combine() -> None:
     y = jnp.full((rows, 256), jnp.nan, BF16).at[used].set(random(2, len(used), 256))
     found = interpret(combine, y, place, weights)
     assert error(found, combine_reference(y, place, weights)) < 4e-3
+    found = interpret(combine, y, place, weights, x)
+    assert error(found, x + combine_reference(y, place, weights)) < 6e-3
 
 
 @new_jax
@@ -219,8 +222,15 @@ def shape(*sizes: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
+def on_a_gpu() -> Any:
+    """So that Triton's kernels are lowered for one."""
+    device = getattr(jax.sharding, "AbstractDevice")("NVIDIA H200", 132, "gpu")  # noqa: B009  not in jax 0.10
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))  # type: ignore[call-arg]
+
+
 def lower(f: Callable[..., Any], *args: Any) -> str:
-    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    with on_a_gpu():
+        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @new_jax
@@ -249,8 +259,9 @@ def test_the_step_lowers_for_a_gpu(prefill: bool) -> None:
     config = engine_config(checkpoint.config, 1, "gpu", kernels="hopper", **SMALL)
     programs = Executables.of(checkpoint, config, "NVIDIA H200", ProgramStore(None))
     mesh, bucket = ExpertMesh((jax.devices()[0],)), next(b for b in config.buckets if b.prefill == prefill)
-    lowered = programs.step(bucket, mesh).trace(*programs.arguments(Program("step", bucket, 1), mesh))
-    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    traced = programs.step(bucket, mesh).trace(*programs.arguments(Program("step", bucket, 1), mesh))
+    with on_a_gpu():
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     # For each of the model's two segments: two GEMMs and decode attention, and prefill's.
     kernels = text.count("custom_call @mosaic_gpu")
     assert kernels == (4 if prefill else 3) * len(checkpoint.config.segments), kernels

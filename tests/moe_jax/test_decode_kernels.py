@@ -1,0 +1,123 @@
+"""The small kernels of a decode step against what they stand for, interpreted on a CPU."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import hopper, model, moe
+from moe_jax.attention import write
+from moe_jax.config import parse_hugging_face
+from moe_jax.kernels import decode, paged_attention, routing
+from moe_jax.sampling import SampleParams, sample, sample_fast
+
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas of jax 0.10 lacks some of it")
+BF16 = jnp.bfloat16
+CONFIG = parse_hugging_face(
+    dict(model_type="qwen3_moe", vocab_size=64, hidden_size=256, num_hidden_layers=3, num_attention_heads=16)
+    | dict(num_key_value_heads=2, head_dim=64, num_experts=32, num_experts_per_tok=4, norm_topk_prob=True)
+    | dict(moe_intermediate_size=64, intermediate_size=64)
+)
+LAYER, ROWS = jnp.int32(1), 5
+
+
+def random(seed: int, *shape: int, dtype: Any = BF16) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def assert_near(found: jax.Array, expected: jax.Array, relative: float = 0.0) -> None:
+    """relative: of the greatest; a step of bfloat16 is 2^-8."""
+    found, expected = (np.asarray(a, np.float32) for a in (found, expected))
+    np.testing.assert_allclose(found, expected, rtol=2.0**-7, atol=relative * np.abs(expected).max())
+
+
+def test_where_they_fit() -> None:
+    assert decode.fits(CONFIG)
+    raw: dict[str, Any] = dict(model_type="deepseek_v3", vocab_size=64, hidden_size=256, num_hidden_layers=1)
+    raw |= dict(num_attention_heads=4, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32)
+    raw |= dict(n_routed_experts=16, num_experts_per_tok=2, moe_intermediate_size=64, intermediate_size=64)
+    assert not decode.fits(parse_hugging_face(raw | dict(first_k_dense_replace=0)))
+
+
+def test_norm() -> None:
+    x, weights = random(0, ROWS, 256), random(1, 3, 256)
+    expected = model.rms_norm(x, weights[1], 1e-6, ordered=False)
+    assert_near(decode.norm(x, weights, LAYER, 1e-6, interpret=True), expected)
+
+
+def test_split_heads() -> None:
+    qkv = random(0, ROWS, 20 * 64).at[2, -3].set(jnp.nan).at[3, 16 * 64].set(jnp.inf)
+    q_norm, k_norm = random(1, 3, 64), random(2, 3, 64)
+    turn = model.rotary(jnp.arange(ROWS) * 7, CONFIG.rope)
+    q, k, v = (a.reshape(ROWS, -1, 64) for a in jnp.split(qkv, [16 * 64, 18 * 64], axis=-1))
+    q, k = model.rms_norm(q, q_norm[1], 1e-6, False), model.rms_norm(k, k_norm[1], 1e-6, False)
+    q, k = (model.rotate(a, turn, CONFIG.rope) for a in (q, k))
+    new = hopper.finite({"k": k, "v": v})
+    found = decode.split_heads(qkv, q_norm, k_norm, turn, LAYER, CONFIG, interpret=True)
+    for a, b in zip(found, (q * CONFIG.attention_scale, new["k"], new["v"]), strict=True):
+        assert_near(a, b, 2.0**-8)
+
+
+def test_merge() -> None:
+    out, lse = random(0, ROWS, 4, 2, 8, 64), random(1, ROWS, 4, 2, 64, dtype=np.float32)
+    out, lse = out.at[:, 2].set(0), lse.at[:, 2].set(-jnp.inf)  # a part that sees nothing
+    out, lse = out.at[0].set(0), lse.at[0].set(-jnp.inf)  # a row that sees only itself
+    q, k, v = random(2, ROWS, 2, 8, 64), random(3, ROWS, 2, 64), random(4, ROWS, 2, 64)
+    f32 = jnp.float32
+    own = (q.astype(f32) * k[:, :, None].astype(f32)).sum(-1) * decode.LOG2E
+    parts = jnp.concatenate([out.astype(f32), jnp.broadcast_to(v[:, None, :, None], (ROWS, 1, 2, 8, 64))], axis=1)
+    expected, _ = paged_attention.merge(parts, jnp.concatenate([lse[..., :8], own[:, None]], axis=1))
+    assert_near(decode.merge(out, lse, q, k, v, interpret=True), expected, 2.0**-8)
+
+
+def test_route() -> None:
+    parts = random(0, ROWS, 96, dtype=np.float32)
+    table = jnp.asarray(np.random.default_rng(1).permuted(np.tile(np.arange(32), (3, 1)), axis=1)[..., None], jnp.int32)
+    real = jnp.array([1, 1, 0, 1, 0], jnp.int32)
+    high, middle, low = jnp.split(parts, 3, axis=1)
+    ids, expected = moe.route(CONFIG, low + middle + high, None)
+    slots, weights = decode.route(parts, table, LAYER, real, CONFIG, interpret=True)
+    np.testing.assert_array_equal(slots, moe.choose_slots(jnp.where(real[:, None] > 0, ids, -1), table[1], False))
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pairs, groups, block_m", [(64, 16, 8), (256, 32, 32)])
+@pytest.mark.parametrize("kind", ["random", "one", "none"])
+def test_assign(pairs: int, groups: int, block_m: int, kind: str) -> None:
+    slot = np.random.default_rng(0).integers(-1, groups, (pairs // 4, 4)).astype(np.int32)
+    if kind != "random":
+        slot[:] = 3 if kind == "one" else -1
+    place, tiles = decode.assign(jnp.array(slot), groups, block_m, interpret=True)
+    expected, sizes = routing.assign_rows(jnp.array(slot), groups)
+    cut = routing.cut_tiles(sizes, pairs, block_m)
+    np.testing.assert_array_equal(place, expected)
+    assert tiles.count == cut.count and tiles.group.shape == cut.group.shape
+    for name in ("group", "row", "size"):
+        found = getattr(tiles, name)[: int(cut.count)]
+        np.testing.assert_array_equal(found, getattr(cut, name)[: int(cut.count)], name)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_write(latent: bool) -> None:
+    cache = {"k": random(0, 2, 4, 2, 8, 16)} | ({} if latent else {"v": random(1, 2, 4, 2, 16, 8)})
+    new = {name: random(2, 2, 6, 2, 8) for name in cache}
+    position, page = jnp.array([3, 19, 0, 15, 16, 40]), jnp.array([0, 3, -1, 2, 1, -1])
+    expected = write(cache, new, position, page)
+    for name, found in hopper.write(cache, new, position, page).items():
+        np.testing.assert_array_equal(found, expected[name])
+
+
+@pytest.mark.parametrize("temperature, top_p, want", [(0.0, 1.0, False), (0.7, 1.0, True), (0.7, 0.5, False)])
+def test_sample_fast(temperature: float, top_p: float, want: bool) -> None:
+    n, zero = 6, jnp.zeros(6, jnp.int32)
+    live = jnp.arange(n) < 4  # the rest is padding, all zeros
+    seed = jnp.tile(jnp.array([[5, 6]], jnp.uint32), (n, 1))
+    p = SampleParams(jnp.where(live, temperature, 0), jnp.where(live, top_p, 0), zero, seed, jnp.arange(n))
+    logits = random(0, n, 500, dtype=np.float32) * 3
+    found, expected = sample_fast(logits, p, jnp.array(want)), sample(logits, p, jnp.array(want))
+    np.testing.assert_array_equal(found.token, expected.token)
+    np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-5)
+    if want:
+        np.testing.assert_array_equal(found.top_tokens, expected.top_tokens)
