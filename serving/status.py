@@ -28,11 +28,11 @@ def describe(
     for rank in status["ranks"]:
         rank |= _rank(None if rank["state"] == "lost" else streams.get(rank["rank"]), ledger)
     live = [rank["rank"] for rank in status["ranks"] if rank["state"] == "live"]
-    ready = [streams[rank] for rank in live if rank in streams]
+    ready = [set(_programs(streams[rank])) for rank in live if rank in streams]
     return {
         **status,
         "experts": None if epoch is None else _experts(epoch.slots, live, hosts, cluster.num_experts),
-        "survivable_without_compiling": _ready_for([hosts[rank] for rank in live], ready),
+        "survivable_without_compiling": ready_for([hosts[rank] for rank in live], ready),
         "recoveries": recoveries.changes(),
         "switches": recoveries.switches(),
         "requests": {"open": len(ledger), "waiting": ledger.waiting, **vars(ledger.counts)},
@@ -60,9 +60,12 @@ def _programs(stream: WorkerStream) -> list[int]:
     return stream.answers.get("programs", {}).get("sizes", [])
 
 
-def _ready_for(hosts: Sequence[str], streams: Sequence[WorkerStream]) -> int:
-    """How many hosts of the live ranks may be lost, whichever they are, with every program that goes on at hand."""
-    ready = set.intersection(*(set(_programs(stream)) for stream in streams)) if streams else set()
+def ready_for(hosts: Sequence[str], sizes: Sequence[set[int]]) -> int:
+    """How many hosts may be lost, whichever they are, with every program that goes on at hand.
+
+    hosts: the label of each live rank. sizes: of the meshes that each has programs for.
+    """
+    ready = set.intersection(*sizes) if sizes else set()
     lost = 0
     while (left := sizes_after(hosts, lost + 1)) and left <= ready:
         lost += 1
