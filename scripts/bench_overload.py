@@ -221,9 +221,12 @@ async def idle(clients: Clients, pid: int, count: int, streams: int) -> dict[str
             "memory_mib": memory(pid),
         }
 
+    seen = 0  # calls of Watch that were told the present state
+
     async def watch(i: int) -> None:
+        nonlocal seen
         async for _ in clients.admins[i % _CHANNELS].Watch(pb.WatchRequest()):
-            pass
+            seen += 1
 
     async def busy() -> None:
         while True:
@@ -234,7 +237,7 @@ async def idle(clients: Clients, pid: int, count: int, streams: int) -> dict[str
     ) -> dict[str, float]:
         while not ready(await clients.status()):
             await asyncio.sleep(0.2)
-        await asyncio.sleep(1)
+        await asyncio.sleep(2)
         found = await cost()
         for task in tasks:
             task.cancel()
@@ -243,7 +246,9 @@ async def idle(clients: Clients, pid: int, count: int, streams: int) -> dict[str
 
     say("idle streams")
     found: dict[str, Any] = {"streams": count, "nobody": await cost()}
-    found["watching"] = await while_open([asyncio.create_task(watch(i)) for i in range(count)], lambda status: True)
+    found["watching"] = await while_open(
+        [asyncio.create_task(watch(i)) for i in range(count)], lambda status: seen >= count
+    )
     running = [asyncio.create_task(busy()) for _ in range(2 * streams)]  # more than have a place at once
     await asyncio.sleep(3)
     found["busy"] = await cost()

@@ -61,6 +61,8 @@ FIELDS = {
         "max_logprobs": 6,
         "version": 7,
     },
+    "UndrainRequest": {"host": 1},
+    "UndrainResponse": {"ranks": 1, "epoch": 2},
     "WatchRequest": {},
     "WatchResponse": {"epoch": 1, "state": 2, "reason": 3, "ranks": 4, "time": 5, "recovery": 6},
     "Recovery": {"epoch": 1, "cause": 2, "reasons": 3, "lost": 4, "joined": 5, "phases_ms": 6},
@@ -110,6 +112,7 @@ def test_the_public_interface():
         "moe_jax.v1.Inference.Detokenize": False,
         "moe_jax.v1.Inference.GetModel": False,
         "moe_jax.v1.Admin.Drain": False,
+        "moe_jax.v1.Admin.Undrain": False,
         "moe_jax.v1.Admin.Watch": True,
         "moe_jax.v1.Admin.Rebalance": False,
     }
