@@ -43,7 +43,7 @@ FIELDS = {
     "ResumeRequest": {"request_id": 1, "offset": 2},
     "CancelRequest": {"request_id": 1},
     "CancelResponse": {"cancelled": 1},
-    "StatusRequest": {"slots": 1},
+    "StatusRequest": {"slots": 1, "load": 2},
     "StatusResponse": {"json": 1},
     "DrainRequest": {"host": 1},
     "DrainResponse": {"ranks": 1, "epoch": 2},
