@@ -21,10 +21,12 @@ class Admin(rpc.AdminServicer):
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
         self._watchers: set[asyncio.Event] = set()
+        self._change: pb.WatchResponse | None = None  # the last one, once somebody has been told
         self._closed = False
 
     def changed(self) -> None:
         """State or epoch: whoever watches is told."""
+        self._change = None
         for wake in self._watchers:
             wake.set()
 
@@ -44,7 +46,10 @@ class Admin(rpc.AdminServicer):
         try:
             while not self._closed:
                 wake.clear()
-                response = self._present()
+                if told is None:
+                    response = self._present()
+                else:  # thousands may watch, and a recovery is no time to count slots for each
+                    response = self._change = self._change or self._present()
                 seen = response.epoch, response.state, response.reason
                 if seen != told:
                     told = seen

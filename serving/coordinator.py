@@ -19,13 +19,13 @@ from typing import Any
 import grpc
 import numpy as np
 
-from moe_jax import placement
 from moe_jax.request import Request
 from serving import membership as m
 from serving.access import Guard
 from serving.admission import Owner
 from serving.channel import MAX_MESSAGE, Message, encode
 from serving.cluster import Cluster, sizes_after
+from serving.drains import Drains
 from serving.frame_server import FrameServer
 from serving.journal import Journal
 from serving.ledger import Entry, Place
@@ -36,6 +36,7 @@ from serving.rebalancing import Rebalancing
 from serving.recoveries import Recoveries
 from serving.router import Listener, Oblivion, Router
 from serving.service_process import ServiceProcess
+from serving.status import describe
 from serving.takeover import Takeover
 from serving.tls import Tls
 from serving.wire import WellFormed
@@ -119,11 +120,11 @@ class Coordinator:
         self._nodes: dict[int, tuple[int, ...]] = {}
         self._fences: dict[tuple[int, int], deque[tuple[int, int]]] = {}  # (generation, node): (rank, incarnation)
         self._epochs: dict[int, int] = {}  # incarnation: in how many it has been, of the current members
-        self._draining: dict[str, tuple[set[int], asyncio.Future[None]]] = {}  # host: incarnations that shall leave
         self._moved: asyncio.Future[str] | None = None  # the cause of the epoch that serves when no more is to move
         self.rebalancing = Rebalancing(self, cluster.policy)
+        self._drains = Drains(self._journal.get, self._put)
+        self._inherited_drains: list[str] = []  # hosts that another coordinator was draining
         self._background: set[asyncio.Task[None]] = set()
-        self._to_drain: list[str] = []  # hosts that another coordinator was draining
         self._served = False  # ever
         self._compiled = 0  # programs, by engines of the mesh since then
         self._tick_at = 0.0
@@ -155,6 +156,8 @@ class Coordinator:
             raise OSError(f"address {address}: cannot listen there: {e}") from None
         self._frames.start(address.rpartition(":")[0].strip("[]"))
         self._find_predecessor()
+        if self._takeover is None:
+            self._drains.forget(*self._drains.kept)
         await self._server.start()
         self.address = f"{address.rpartition(':')[0]}:{port}"
         self._tick()
@@ -230,6 +233,9 @@ class Coordinator:
     def _send(self, incarnation: int, frames: bytes) -> None:
         if incarnation in self._streams:
             self._streams[incarnation].send_frames(frames)
+
+    def _put(self, name: str, value: Any) -> None:
+        self.router.keep(lambda: self._journal.put(name, value))
 
     def _journal_failed(self, error: Exception) -> None:
         self._closed = True
@@ -373,7 +379,7 @@ class Coordinator:
         if self._takeover is not None:
             return self._look_at_takeover()
         nodes = self._nodes[service.generation]
-        self.router.keep(lambda: self._journal.put("service", [service.generation, nodes, service.name]))
+        self._put("service", [service.generation, nodes, service.name])
         self._do(self._membership.service_up(service.generation, time.monotonic()))
 
     def service_fenced(self, service: ServiceProcess, node: int) -> None:
@@ -443,7 +449,7 @@ class Coordinator:
             log.info("took over ranks %s in epoch %d", [s.rank for s in found], epoch.number)
             self._served = True
             self._taken_over = [s.rank for s in found]
-            self._to_drain = list(self._journal.get("draining", ()) or ())
+            self._inherited_drains = self._drains.kept
             orders = self._journal.orders(epoch.generation)
             self._epochs = dict.fromkeys(epoch.incarnations, len(orders))  # at most
             actions = self._membership.take_over(epoch, takeover.nodes, orders, takeover.entered, now)
@@ -454,6 +460,7 @@ class Coordinator:
         else:
             others += found
             self._streams, self._current = {}, {}
+            self._drains.forget(*self._drains.kept)  # all engines are new ones
             for service in self._services.values():
                 service.close()
             self._services.clear()
@@ -535,9 +542,7 @@ class Coordinator:
                 log.info("%s%s", name, reason and f": {reason}")
                 self.watcher.changed(name, reason)
                 if reason.startswith("drain dropped"):
-                    for _, left in list(self._draining.values()):
-                        if not left.done():
-                            left.set_exception(Unavailable(reason))
+                    self._drains.drop(Unavailable(reason))
 
     def _start_service(self, generation: int, nodes: tuple[int, ...]) -> None:
         self._nodes[generation] = nodes
@@ -554,7 +559,7 @@ class Coordinator:
     def _fence(self, rank: int, incarnation: int, generation: int, node: int, now: float) -> None:
         service, stream = self._services.get(generation), self._streams.get(incarnation)
         self._lost = [*self._lost, incarnation][-_FENCED:]
-        self.router.keep(lambda: self._journal.put("lost", self._lost))
+        self._put("lost", self._lost)
         self._recoveries.fence(now if stream is None else stream.ill_since or stream.heard, now)
         if service is not None:
             self._fences.setdefault((generation, node), deque()).append((rank, incarnation))
@@ -567,10 +572,7 @@ class Coordinator:
             log.info("rank %d: dismissed: %s", rank, reason)
             stream.dismiss(reason)
             self.watcher.dismissed(rank, stream.pid)
-        for incarnations, left in self._draining.values():
-            incarnations.discard(incarnation)
-            if not incarnations and not left.done():
-                left.set_result(None)
+        self._drains.gone(incarnation)
 
     def _start_engine(self, action: m.StartEngine) -> None:
         stream = self._current[action.rank]
@@ -664,20 +666,15 @@ class Coordinator:
         self._check_host(host)
         ranks = [r for r, s in sorted(self._current.items()) if s.host == host and s.dismissed is None]
         actions: list[m.Action] = []
-        if ranks and host not in self._draining:
+        if ranks and host not in self._drains:
             refused, actions = self._membership.drain(host, time.monotonic())
             if refused is not None:
                 raise Unavailable(refused)
-            left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            left.add_done_callback(lambda _: self._drained(host, away))
-            self._draining[host] = {self._current[r].incarnation for r in ranks}, left
-            if away:
-                self._keep_drains(host, True)
+            self._drains.begin(host, {self._current[r].incarnation for r in ranks}, keep=away)
         if away:
             self.watcher.drained(host)
         self._do(actions)
-        if host in self._draining:
-            await asyncio.shield(self._draining[host][1])  # whoever else asked for it waits for the same
+        await self._drains.left(host)
         return {"ranks": ranks, "epoch": self._membership.status()["epoch"]}
 
     async def undrain(self, host: str) -> dict[str, Any]:
@@ -686,7 +683,7 @@ class Coordinator:
         Raises LookupError for an unknown host, Unavailable while it still leaves, or when they are not started here.
         """
         self._check_host(host)
-        if host in self._draining:
+        if host in self._drains:
             raise Unavailable(f"host {host}: found a drain that is not over, expected none: try again then")
         if self.watcher.wanted is None:
             raise Unavailable(f"host {host}: its workers are not started from here: start `moe-jax worker` on it again")
@@ -701,16 +698,6 @@ class Coordinator:
             expected = ", ".join(sorted(set(self.cluster.rules.hosts)))
             raise LookupError(f"host: found {host!r}, expected one of {expected}")
 
-    def _drained(self, host: str, away: bool) -> None:
-        del self._draining[host]
-        if away:
-            self._keep_drains(host, False)
-
-    def _keep_drains(self, host: str, begun: bool) -> None:
-        """For the next coordinator, should this one not see the end of it."""
-        others = [name for name in self._journal.get("draining", ()) or () if name != host]
-        self.router.keep(lambda: self._journal.put("draining", [*others, *([host] if begun else [])]))
-
     def _drain_on(self) -> None:
         """Take up what the last coordinator was at; all that it takes is known again."""
 
@@ -719,9 +706,9 @@ class Coordinator:
                 await self.drain(host)
             except Unavailable as e:
                 log.warning("host %s: its drain is given up: %s", host, e)
-                self._keep_drains(host, False)
+            self._drains.forget(host)
 
-        hosts, self._to_drain = self._to_drain, []
+        hosts, self._inherited_drains = self._inherited_drains, []
         for host in hosts:
             self._start_task(drain(host))
 
@@ -763,39 +750,15 @@ class Coordinator:
     def status(self, slots: bool = False, load: bool = False) -> dict[str, Any]:
         """What `moe-jax status --json` prints. slots: with what each slot holds, [layers][ranks][slots] of experts.
         load: with what was measured of the experts, [layers][experts]."""
-        status, hosts = self._membership.status(), self.cluster.rules.hosts
-        epoch = self._membership.epoch
-        for rank in status["ranks"]:
-            stream = self._current.get(rank["rank"])
-            known = stream if rank["state"] != "lost" else None
-            rank["pid"] = None if known is None else known.engine_pid
-            rank["supervisor_pid"] = None if known is None else known.pid
-            rank["device"] = None if known is None else known.device
-            rank["compilations"] = None if known is None else known.compiled  # since its engine was started
-            # Sizes of meshes whose programs its engine has at hand.
-            rank["kv_cache_usage"] = None if known is None or known.usage is None else round(known.usage, 4)
-            rank["requests"] = 0 if known is None else self._load(known)
-            rank["programs"] = [] if known is None else known.answers.get("programs", {}).get("sizes", [])
-        live = [r["rank"] for r in status["ranks"] if r["state"] == "live"]
+        status = describe(self.cluster, self._membership, self.router.ledger, self._recoveries, self._current, slots)
+        if (epoch := self._membership.epoch) is not None:
+            status["experts"]["imbalance"] = self.rebalancing.imbalance(epoch)
         return {
             **status,
-            "experts": None
-            if epoch is None
-            else _experts(epoch.slots, live, hosts, self.cluster.num_experts)
-            | {"imbalance": self.rebalancing.imbalance(epoch)},
             "compilations": self._compiled,
-            "survivable_without_compiling": self._ready_for(live),
             "rebalances": self.rebalancing.changes,
-            "recoveries": self._recoveries.changes(),
-            "switches": self._recoveries.switches(),
             "coordinator": {"pid": os.getpid(), "took_over": self._taken_over},
             "service_pid": next((s.pid for s in reversed(self._services.values())), None),
-            "requests": {
-                "open": len(self.router.ledger),
-                "waiting": self.router.ledger.waiting,
-                **vars(self.router.ledger.counts),
-            },
-            **({"slots": [] if epoch is None else epoch.slots.tolist()} if slots else {}),
             **({"load": self.rebalancing.loads.tokens.tolist()} if load else {}),
         }
 
@@ -803,20 +766,6 @@ class Coordinator:
         """`status`, once the metrics know of all recoveries that are over."""
         self.metrics.recoveries(self._recoveries.closed())
         return self.status(slots)
-
-    def _load(self, stream: WorkerStream) -> int:
-        return self.router.ledger.load(Place(stream.rank, stream.incarnation)).jobs
-
-    def _ready_for(self, live: Sequence[int]) -> int:
-        """How many hosts of these ranks may be lost, whichever they are, with every program that goes on at hand."""
-        hosts = [self.cluster.rules.hosts[rank] for rank in live]
-        streams = [self._current[rank] for rank in live if rank in self._current]
-        sizes = [set(stream.answers.get("programs", {}).get("sizes", [])) for stream in streams]
-        ready = set.intersection(*sizes) if sizes else set()
-        lost = 0
-        while (left := sizes_after(hosts, lost + 1)) and left <= ready:
-            lost += 1
-        return lost
 
     async def ask(self, question: dict[str, Any], timeout: float = 10.0) -> dict[int, dict[str, Any]]:
         """Every member's answer of the question's type, by rank. Raises TimeoutError."""
@@ -828,18 +777,6 @@ class Coordinator:
             while not all(kind in stream.answers for stream in streams.values()):
                 await asyncio.sleep(0.005)
         return {rank: stream.answers[kind] for rank, stream in streams.items()}
-
-
-def _experts(slots: np.ndarray, live: list[int], hosts: Sequence[str], num_experts: int) -> dict[str, Any]:
-    slots = slots[:, live]
-    count = placement.replicas(slots, num_experts)
-    return {
-        "logical": int(count.size),
-        "slots": slots.shape[1] * slots.shape[2],
-        "missing": int((count == 0).sum()),
-        "min_replicas": int(count.min()) if count.size else 0,
-        "survivable_host_losses": placement.survivable_host_losses(slots, [hosts[r] for r in live], num_experts),
-    }
 
 
 def _first_line(text: str) -> str:

@@ -257,8 +257,8 @@ def test_told_to_end():
         await r.until(lambda: r.ended == [(1, 0)])
         await r.serving()
 
-    run(leave, fake_cluster(PAIRS, slots=4, fake={"step": 0.005}))
-    run(refused, fake_cluster(FOUR[:2], slots=4, replication=1))
+    run(leave, fake_cluster(PAIRS, slots=4, fake={"step": 0.005}, heartbeat_timeout_s=5.0))
+    run(refused, fake_cluster(FOUR[:2], slots=4, replication=1, heartbeat_timeout_s=5.0))
 
 
 def test_refused_drain():

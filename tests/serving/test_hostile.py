@@ -42,6 +42,7 @@ TYPES = {
     "Inference/GetModel": pb.GetModelRequest,
     "Admin/Status": pb.StatusRequest,
     "Admin/Drain": pb.DrainRequest,
+    "Admin/Undrain": pb.UndrainRequest,
 }
 STREAMS = ("Inference/Generate", "Inference/Resume")
 REFUSED = {CODE.INVALID_ARGUMENT, CODE.NOT_FOUND, CODE.OUT_OF_RANGE, CODE.ALREADY_EXISTS, CODE.RESOURCE_EXHAUSTED}

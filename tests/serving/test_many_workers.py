@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from moe_jax import placement
 from serving.cluster import Repairs, sizes_after
-from serving.coordinator import Coordinator
+from serving.status import ready_for
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -57,13 +56,7 @@ def test_losses_that_need_no_compiling() -> None:
     """As many as every live rank has the programs for, whichever hosts they are."""
 
     def ready(hosts: list[str], *sizes: list[int]) -> int:
-        coordinator = Coordinator.__new__(Coordinator)
-        coordinator.cluster = SimpleNamespace(rules=SimpleNamespace(hosts=hosts))  # type: ignore[assignment]
-        answers = [{"programs": {"sizes": own}} if own else {} for own in sizes]
-        coordinator._current = {  # type: ignore[assignment]
-            rank: SimpleNamespace(answers=said) for rank, said in enumerate(answers)
-        }
-        return coordinator._ready_for(range(len(hosts)))
+        return ready_for(hosts, [set(own) for own in sizes])
 
     assert ready(["a", "b", "c"], [3, 2], [3, 2, 1], [3, 2, 1]) == 1
     assert ready(["a", "b", "c"], [3], [3, 2], [3, 2, 1]) == 0
