@@ -78,8 +78,10 @@ def test_route() -> None:
     real = jnp.array([1, 1, 0, 1, 0], jnp.int32)
     high, middle, low = jnp.split(parts, 3, axis=1)
     ids, expected = moe.route(CONFIG, low + middle + high, None)
-    slots, weights = decode.route(parts, table, LAYER, real, CONFIG, interpret=True)
-    np.testing.assert_array_equal(slots, moe.choose_slots(jnp.where(real[:, None] > 0, ids, -1), table[1], False))
+    chosen, slots, weights = decode.route(parts, table, LAYER, real, CONFIG, interpret=True)
+    ids = jnp.where(real[:, None] > 0, ids, -1)
+    np.testing.assert_array_equal(chosen, ids)
+    np.testing.assert_array_equal(slots, moe.choose_slots(ids, table[1], False))
     np.testing.assert_allclose(weights, expected, rtol=1e-5)
 
 

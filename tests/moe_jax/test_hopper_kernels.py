@@ -1,8 +1,10 @@
 """The Hopper kernels against their plain versions: interpreted on a CPU, and lowered for a GPU without one."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -250,6 +252,25 @@ def test_the_whole_path_lowers_for_a_gpu(groups: int, hidden: int, inner: int, t
     )
     assert text.count("custom_call @mosaic_gpu") == 4
     assert "stablehlo.while" not in text  # a loop whose end is data would have the host wait for it
+
+
+@new_jax
+@pytest.mark.parametrize("prefill", [False, True])
+def test_the_step_of_a_wide_model(prefill: bool, tmp_path: Path) -> None:
+    """One whose decode steps take the small kernels between the products. They are lowered on a GPU alone."""
+    raw = {"model_type": "qwen3_moe", "vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 3, "head_dim": 64}
+    raw |= {"num_attention_heads": 16, "num_key_value_heads": 2, "num_experts": 32, "num_experts_per_tok": 4}
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"moe_intermediate_size": 64, "intermediate_size": 64}))
+    checkpoint = open_checkpoint(tmp_path, "dummy")
+    config = engine_config(checkpoint.config, 1, "gpu", kernels="hopper", **SMALL)
+    programs = Executables.of(checkpoint, config, "NVIDIA H200", ProgramStore(None))
+    mesh, bucket = ExpertMesh((jax.devices()[0],)), next(b for b in config.buckets if b.prefill == prefill)
+    assert programs.run(bucket, 1).fused != prefill
+    traced = programs.step(bucket, mesh).trace(*programs.arguments(Program("step", bucket, 1), mesh))
+    _, tokens, new, chosen, logits = traced.out_info
+    assert tokens.shape == (1, config.max_batch) and logits is None
+    assert chosen.shape == (3, bucket.rows, 4) and chosen.dtype == jnp.int32
+    assert {n: a.shape[:2] for n, a in new.items()} == {"k": (3, bucket.rows), "v": (3, bucket.rows)}
 
 
 @new_jax
