@@ -431,6 +431,20 @@ def test_the_last_token_of_a_request_takes_a_place_in_its_step():
     rank.finish(rank.scheduler.wish())
 
 
+def test_who_ends_with_this_plan_is_in_it_all_the_same():
+    """Somebody may start for each that is certain to have ended before the plan, and nobody for those it ends."""
+    rank = Rank(replace(LIMITS, max_prefill_rows=256))
+    for i in range(16):
+        rank.add(ask(f"r{i}", [i] * 3, max_tokens=min(2 + i, 8)))
+    step(rank)
+    rank.schedule(16, False)  # r0 ends with it
+    for name in "ab":
+        rank.add(ask(name, [1] * 3))
+    plan = rank.schedule(64, True)  # r1 ends with it
+    assert [e.sequence.request.request_id for e in plan.entries if not e.is_decode] == ["a"]
+    assert len(plan.sampled) == 16
+
+
 def test_nobody_looks_ahead_when_a_page_must_be_taken_for_it():
     rank = Rank(Limits(page_size=4, num_pages=3, max_batch=16, max_prefill_rows=32, max_model_len=8))
     for name in "ab":
