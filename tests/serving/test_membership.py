@@ -835,7 +835,7 @@ def history(seed, tally):
     world.run(max(end, world.now + moment))
     world.end_faults()
     held = (process.held_until for process in world.by_incarnation.values())
-    world.run(max(world.now, world.stalled_until, *held) + 1.5)  # until all that was done is known
+    world.run(max(world.now, world.stalled_until, *held) + 2.5)  # until all that was done is known, a stall, too
     for _ in range(2):
         begun = world.now
         if world.rules.plan(sorted(world.good())) is not None:
