@@ -147,8 +147,8 @@ def merge(
 def route(
     parts: jax.Array, table: jax.Array, layer: jax.Array, real: jax.Array, c: ModelConfig, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`moe.route` and `moe.choose_slots` without spreading: slots, weights and experts, all [n, C]; slots and experts are
-    -1 where `real` [n] int32 is 0.
+    """`moe.route` and `moe.choose_slots` without spreading: slots, weights and experts, all [n, C]; slots and experts
+    are -1 where `real` [n] int32 is 0.
 
     parts [n, 3 E]: products with `moe.router_parts`; table [L, E, R].
     """
