@@ -233,7 +233,7 @@ def layer(
         x = p.dense(a.reshape(x.shape[0], -1), "o", residual=x)
         h = p.norm(x, "mlp_norm")
         scores = jnp.dot(h, p.params["router"], preferred_element_type=jnp.float32)
-        ids, slots, weights = decode.route(scores, table, p.index, real, c)
+        slots, weights, ids = decode.route(scores, table, p.index, real, c)
         stacks = experts["experts_gate_up"], experts["experts_down"]
         return hopper_ffn(h, slots, weights, *stacks, p.index, residual=x), new, ids
     after = run.tiles(after_attention, e.num_tiles, x, a)

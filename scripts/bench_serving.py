@@ -308,6 +308,7 @@ class ExpertCount:
         from moe_jax.mesh import SHARDED
 
         engine = self.engine
+        assert engine.mesh is not None
         while engine.in_flight:
             engine.finish()
         scheduler = engine.ranks[0].scheduler

@@ -147,16 +147,15 @@ def merge(
 def route(
     parts: jax.Array, table: jax.Array, layer: jax.Array, real: jax.Array, c: ModelConfig, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`moe.route` and `moe.choose_slots` without spreading: experts and slots, -1 where `real` [n] int32 is 0, and
-    weights, [n, C].
+    """`moe.route` and `moe.choose_slots` without spreading: slots, weights and experts, all [n, C]; slots and experts
+    are -1 where `real` [n] int32 is 0.
 
     parts [n, 3 E]: products with `moe.router_parts`; table [L, E, R].
     """
     n, experts, choices = parts.shape[0], c.num_experts, c.top_k
 
-    def body(
-        x_ref: Any, table_ref: Any, layer_ref: Any, real_ref: Any, id_ref: Any, slot_ref: Any, weight_ref: Any
-    ) -> None:
+    def body(x_ref: Any, table_ref: Any, layer_ref: Any, real_ref: Any, *out: Any) -> None:
+        slot_ref, weight_ref, id_ref = out
         m = pl.program_id(0)
         high, middle, low = (x_ref[m, i, :] for i in range(3))
         logits = low + middle + high
@@ -174,11 +173,11 @@ def route(
         if c.normalize_weights:
             weights = weights / (weights.sum() + 1e-20)
         slots = table_ref[layer_ref[0], jnp.minimum(ids, experts - 1), jnp.zeros_like(ids)]
-        id_ref[m, :] = jnp.where(real_ref[m] != 0, ids, -1)
         slot_ref[m, :] = jnp.where(real_ref[m] != 0, slots, -1)
+        id_ref[m, :] = jnp.where(real_ref[m] != 0, ids, -1)
         weight_ref[m, :] = weights * c.routed_scale
 
-    shapes = [jax.ShapeDtypeStruct((n, choices), t) for t in (jnp.int32, jnp.int32, jnp.float32)]
+    shapes = [jax.ShapeDtypeStruct((n, choices), t) for t in (jnp.int32, jnp.float32, jnp.int32)]
     arguments = parts.reshape(n, 3, experts), table, layer.reshape(1), real
     return _call(body, shapes, (n,), 1, interpret)(*arguments)
 
@@ -227,4 +226,4 @@ def assign(slot: jax.Array, groups: int, block_m: int, interpret: bool = False) 
 
     shapes = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (pairs, tiles, tiles, tiles, 1)]
     place, *cuts, count = _call(body, shapes, (groups,), 4, interpret)(slot.reshape(-1))
-    return place.reshape(slot.shape), Tiles(*cuts, count[0])
+    return place.reshape(slot.shape), Tiles(cuts[0], cuts[1], cuts[2], count[0])

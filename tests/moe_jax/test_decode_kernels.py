@@ -29,8 +29,8 @@ def random(seed: int, *shape: int, dtype: Any = BF16) -> jax.Array:
 
 def assert_near(found: jax.Array, expected: jax.Array, relative: float = 0.0) -> None:
     """relative: of the greatest; a step of bfloat16 is 2^-8."""
-    found, expected = (np.asarray(a, np.float32) for a in (found, expected))
-    np.testing.assert_allclose(found, expected, rtol=2.0**-7, atol=relative * np.abs(expected).max())
+    a, b = np.asarray(found, np.float32), np.asarray(expected, np.float32)
+    np.testing.assert_allclose(a, b, rtol=2.0**-7, atol=relative * np.abs(b).max())
 
 
 def test_where_they_fit() -> None:
@@ -78,10 +78,9 @@ def test_route() -> None:
     real = jnp.array([1, 1, 0, 1, 0], jnp.int32)
     high, middle, low = jnp.split(parts, 3, axis=1)
     ids, expected = moe.route(CONFIG, low + middle + high, None)
-    chosen, slots, weights = decode.route(parts, table, LAYER, real, CONFIG, interpret=True)
-    ids = jnp.where(real[:, None] > 0, ids, -1)
-    np.testing.assert_array_equal(chosen, ids)
-    np.testing.assert_array_equal(slots, moe.choose_slots(ids, table[1], False))
+    slots, weights, found = decode.route(parts, table, LAYER, real, CONFIG, interpret=True)
+    np.testing.assert_array_equal(found, jnp.where(real[:, None] > 0, ids, -1))
+    np.testing.assert_array_equal(slots, moe.choose_slots(jnp.where(real[:, None] > 0, ids, -1), table[1], False))
     np.testing.assert_allclose(weights, expected, rtol=1e-5)
 
 
