@@ -417,7 +417,7 @@ class Engine:
             return None
         now = np.sum([np.asarray(copy)[:, 0].view(np.uint32) for copy in self._counting], axis=0, dtype=np.uint32)
         since, self._counted, self._counting = now - self._counted, now, None
-        return since.astype(np.int64)
+        return np.asarray(since, np.int64)
 
     def _level(self, rank: Rank) -> int:
         """The level this rank wishes for the step after the one in flight, or for the next if there is none."""

@@ -38,7 +38,8 @@ def imbalance(slots: np.ndarray, ranks: Sequence[int], load: np.ndarray | None, 
     """
     placed = slots[:, np.asarray(ranks, np.int64)]
     total = slot_load(placed, shares_of(load, len(slots), num_experts)).sum(2)
-    return float((total.max(1) / total.mean(1)).mean())
+    most, mean = total.max(1), total.mean(1)
+    return float(np.divide(most, mean, out=np.ones(len(mean)), where=mean > 0).mean())  # no load is evenly spread
 
 
 def imbalance_bound(ranks: int, slots: int, replication: int, load: np.ndarray) -> float:

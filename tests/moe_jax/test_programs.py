@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -17,7 +18,7 @@ from moe_jax.warmup import Spec, ensure, wanted
 from tests.engines import SMALL, make_engine, request, run
 
 
-def executables(store: ProgramStore, kind: str = "cpu", **options: object) -> Executables:
+def executables(store: ProgramStore, kind: str = "cpu", **options: Any) -> Executables:
     checkpoint = open_checkpoint(model_directory("demo"))
     config = engine_config(checkpoint.config, 3, "cpu", **(SMALL | options))
     return Executables.of(checkpoint, config, kind, store)

@@ -466,6 +466,7 @@ def test_experts_follow_their_load():
         moves = [s for s in r.status()["switches"] if s["cause"] == "rebalance"]
         assert len(moves) == len(served) >= 1 and not r.status()["recoveries"]
         assert all(placement.survivable_host_losses(slots, FOUR, 8) >= 1 for slots in served)
+        assert rebalanced_from is not None
         before = placement.imbalance(rebalanced_from, range(4), load, 8)
         assert r.status()["experts"]["imbalance"] < before - rebalancing.policy.gain
         await r.flowing()
