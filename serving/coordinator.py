@@ -514,11 +514,12 @@ class Coordinator:
             case m.Serve(epoch):
                 self._served = True
                 self._recoveries.serving(now)
-                cause = self._membership.recoveries[-1].cause
-                if self._moved is not None and (cause not in m.MOVES or not self._membership.moving):
-                    if not self._moved.done():
-                        self._moved.set_result(cause)
-                    self._moved = None
+                if self._moved is not None:
+                    cause = self._membership.recoveries[-1].cause
+                    if cause not in m.MOVES or not self._membership.moving:
+                        if not self._moved.done():
+                            self._moved.set_result(cause)
+                        self._moved = None
                 self.router.place()
                 self._drain_on()
                 if self.cluster.repairs is not None:

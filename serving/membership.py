@@ -911,8 +911,9 @@ class Membership:
     def worn(self) -> int | None:
         """A member whose engine should be replaced, by way of a drain, or orders run out: the members' own, or those
         of the ranks that the loss of a host would leave. Of the ranks concerned the one that has been there longest,
-        and so on until they are free again. None where nothing runs out."""
-        if self.rules.orders == "sorted" or self.state != "SERVING":
+        and so on until they are free again. None where nothing runs out, or nothing would be won: of two ranks one is
+        left in both orders, whichever is replaced."""
+        if self.rules.orders == "sorted" or self.state != "SERVING" or len(self._members) < 3:
             return None
         for ranks in (self._members, *self._left_by_a_loss()):
             free = factorial(len(ranks)) - sum(not self._is_free(o) for o in self._used if set(o) == set(ranks))
