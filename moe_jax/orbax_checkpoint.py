@@ -4,9 +4,9 @@
     DIR/top, DIR/layers/NNN      an Orbax checkpoint each: {parameter: array}, named and shaped as in moe_jax.params
     DIR/config.json, tokenizer…  copies
 
-Expert parameters are stacked, [experts, in, out], in chunks of one expert. A checkpoint a layer keeps the memory of
-converting at one layer. Orbax writes, and restores whole layers; single experts are read through TensorStore, the
-array library underneath it, because Orbax has no public way to restore a part of an array by index.
+Expert parameters are stacked, [experts, in, out]; no chunk has more than one expert. A checkpoint a layer keeps the
+memory of converting at one layer. Orbax writes, and restores whole layers; single experts are read through
+TensorStore, the array library underneath it, because Orbax has no public way to restore a part of an array by index.
 """
 
 import json
@@ -26,6 +26,7 @@ from moe_jax.tensor_file import CheckpointError
 
 MARKER = "serving.json"
 _FORMAT = {"format": "moe-jax serving checkpoint", "version": 1}
+_CHUNK = 1 << 20  # bytes; a reader holds some chunks, packed and unpacked: with an expert in each, 30 MB more
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pth", ".gguf")  # suffixes that are not copied
 
 
@@ -127,8 +128,11 @@ def _write_arrays(checkpoint: Any, directory: Path) -> None:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         for part, members in parts.items():
             arrays = {path[-1]: _whole(checkpoint, path, param, layer) for path, param, layer in members}
-            by_expert = {p[-1]: ocp.SaveArgs(shard_axes=(0,) if param.expert else ()) for p, param, _ in members}
-            checkpointer.save((directory / part).resolve(), args=ocp.args.PyTreeSave(arrays, save_args=by_expert))
+            chunks = {
+                path[-1]: ocp.SaveArgs(shard_axes=(0,) if param.expert else (), chunk_byte_size=_CHUNK)
+                for path, param, _ in members
+            }
+            checkpointer.save((directory / part).resolve(), args=ocp.args.PyTreeSave(arrays, save_args=chunks))
 
 
 def _whole(checkpoint: Any, path: tuple[Any, ...], param: Param, layer: int) -> np.ndarray:

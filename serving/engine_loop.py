@@ -48,7 +48,7 @@ HEARTBEAT = 1.0  # seconds: while steps go on, something is said at least this o
 SCORE_BYTES = 16 << 20  # of log-probabilities in one message
 _CUT_EVERY = 0.01  # seconds; sockets may still be opening while they are shut
 _CUT_FOR = 2.0  # seconds; leaving takes some hundredths
-_CONNECTED = 3  # cuts after which a communicator that is being made is to be ended, too
+_END_CONNECTING = 3  # cuts after which a communicator that is being made is to be ended, too
 _SHIELD_EVERY = 0.005  # seconds, while sockets may be opening
 _BARRIER = 60.0  # seconds; the coordinator gives up on this rank before that
 _PREPARE_AFTER = 1.0  # seconds after a loss: until then the steps that make up for it have the machine
@@ -166,7 +166,7 @@ class EngineLoop:
                     return
                 cut_collectives(self._service, attempt, spared)
                 mesh = self._connecting
-            if attempt == _CONNECTED and mesh is not None:
+            if attempt == _END_CONNECTING and mesh is not None:
                 threading.Thread(target=self._end_connecting, args=(mesh,), name="connecting", daemon=True).start()
             time.sleep(_CUT_EVERY)
         print(f"still inside a collective {_CUT_FOR:g} s after it was aborted: this engine ends", file=sys.stderr)

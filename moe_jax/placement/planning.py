@@ -14,6 +14,7 @@ from moe_jax.placement.board import (
     replicas,
     shares_of,
     slot_load,
+    unevenness,
     whole,
 )
 
@@ -89,8 +90,8 @@ def choose_scatter(
     def measure(scatter: int | None) -> tuple[float, float]:
         placed = plan(most, num_experts, hosts, slots, replication, tried, scatter)
         host, shares = number_hosts(hosts, slots)[0], shares_of(tried, most, num_experts)
-        after = [_imbalance(placed[:, host != h], shares) for h in range(number)]
-        return _imbalance(placed, shares), float(np.mean(after))
+        after = [unevenness(placed[:, host != h], shares) for h in range(number)]
+        return unevenness(placed, shares), float(np.mean(after))
 
     if replication < 2 or not replication < number <= _HOSTS_TRIED:
         return None
@@ -99,12 +100,6 @@ def choose_scatter(
         if all(x <= y for x, y in zip(measure(scatter), allowed, strict=True)):
             return scatter
     return None
-
-
-def _imbalance(placed: np.ndarray, shares: np.ndarray) -> float:
-    """As measures.imbalance, over the ranks of `placed`."""
-    total = slot_load(placed, shares).sum(2)
-    return float((total.max(1) / total.mean(1)).mean())
 
 
 def rebalance(
