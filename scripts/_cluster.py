@@ -5,6 +5,7 @@ Shared by chaos.py and bench_recovery.py. It knows of the cluster what status te
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import importlib.metadata
@@ -21,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -75,24 +76,58 @@ class Shape:
     load_format: str | None = None
     dtype: str | None = None
     max_model_len: int | None = None
+    max_prefill_rows: int | None = None
+    num_pages: int | None = None
+    deterministic: bool | None = None
+
+    @staticmethod
+    def of(args: argparse.Namespace) -> Shape:
+        """What was given for `add_shape_options`."""
+        given = vars(args)
+        return Shape(**{f.name: given[f.name] for f in fields(Shape) if f.name in given})
 
     @property
     def ranks(self) -> int:
         return self.hosts * self.ranks_per_host
 
+    def options(self) -> dict[str, Any]:
+        """Of `LLM`, but for the model and how many it runs on."""
+        rest = {"hosts", "ranks_per_host", "model"}
+        return {name: value for name, value in vars(self).items() if value is not None and name not in rest}
+
     def arguments(self) -> list[str]:
         """Of `moe-jax serve`."""
         given = {name.replace("_", "-"): value for name, value in vars(self).items() if value is not None}
-        return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        flags = [f"--{name}" if value else f"--no-{name}" for name, value in given.items() if isinstance(value, bool)]
+        valued = {name: value for name, value in given.items() if not isinstance(value, bool)}
+        return flags + [word for name, value in valued.items() for word in (f"--{name}", str(value))]
+
+    @property
+    def on_cpu(self) -> bool:
+        return guess_platform(os.environ.get("JAX_PLATFORMS")) == "cpu"
 
     @property
     def exact(self) -> bool:
         """Whether a request gives the same bits wherever and with whatever it runs, so that it is known beforehand."""
-        return self.load_format is None and guess_platform(os.environ.get("JAX_PLATFORMS")) == "cpu"
+        return self.load_format is None and (self.on_cpu if self.deterministic is None else self.deterministic)
 
     def __str__(self) -> str:
         each = f" of {self.ranks_per_host} ranks" if self.ranks_per_host > 1 else ""
         return f"{self.hosts} hosts{each}"
+
+
+def add_shape_options(parser: argparse.ArgumentParser, hosts: int) -> None:
+    group = parser.add_argument_group("cluster")
+    group.add_argument("--hosts", type=int, default=hosts)
+    group.add_argument("--ranks-per-host", type=int, default=1)
+    group.add_argument("--slots", type=int, help="expert slots per layer and rank")
+    group.add_argument("--replication", type=int, help="hosts that hold each expert")
+    group.add_argument("--max-batch", type=int, help="requests decoded at once by a rank")
+    group.add_argument("--max-prefill-rows", type=int, help="prompt tokens that a rank takes in one step")
+    group.add_argument("--max-model-len", type=int, help="longest prompt and output together, in tokens")
+    group.add_argument("--num-pages", type=int, help="pages of a rank's KV cache")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"))
+    group.add_argument("--deterministic", action="store_true", default=None, help="also on a GPU: tokens are compared")
 
 
 def machine() -> dict[str, Any]:
@@ -141,8 +176,9 @@ def make_jobs(count: int, seed: int, shortest: int = 100, longest: int = 200) ->
 
 
 def expected_outputs(jobs: Sequence[Job], shape: Shape) -> dict[Job, Output]:
-    """What each job gives on one host that nothing happens to. On the way the programs of a cluster of this shape are
-    compiled, for every number of ranks, so that what is measured later is no first start.
+    """What each job gives where nothing happens: on one host, with GPUs on as many as the cluster has. On the way the
+    programs of a cluster of this shape are compiled, on a CPU for every number of ranks, so that what is measured later
+    is no first start.
 
     In a process of its own, which ends: JAX stays out of this one. Nothing where nothing can be known (`Shape.exact`).
     """
@@ -155,12 +191,19 @@ def expected_outputs(jobs: Sequence[Job], shape: Shape) -> dict[Job, Output]:
 def _expect(jobs: Sequence[Job], shape: Shape) -> dict[Job, Output]:
     from moe_jax import LLM, SamplingParams
 
-    _compile(shape)
+    options = shape.options()
+    if shape.on_cpu:
+        _compile(shape)
+        where = {"hosts": 1}
+        for name in ("slots", "replication"):  # are of several hosts
+            options.pop(name, None)
+    else:
+        where = {"hosts": shape.hosts, "ranks_per_host": shape.ranks_per_host}
     unlike = list(dict.fromkeys(jobs))
     params = [
         SamplingParams(max_tokens=j.max_tokens, temperature=j.temperature, seed=j.seed, ignore_eos=True) for j in unlike
     ]
-    with LLM("demo", max_batch=shape.max_batch) as llm:
+    with LLM(shape.model, **where, **options) as llm:
         outputs = [out.outputs[0] for out in llm.generate([j.prompt for j in unlike], params)]
     return {j: Output(tuple(o.token_ids), o.text, o.finish_reason or "") for j, o in zip(unlike, outputs, strict=True)}
 
@@ -171,8 +214,9 @@ def _compile(shape: Shape) -> None:
     from moe_jax.warmup import Spec, ensure
     from serving import server
 
-    engine = {"slots": shape.slots, "replication": shape.replication, "max_batch": shape.max_batch}
-    options = server.Options(model_directory("demo"), "", "cpu", shape.hosts, shape.ranks_per_host, engine=engine)
+    options = server.Options(
+        model_directory(shape.model), "", "cpu", shape.hosts, shape.ranks_per_host, engine=shape.options()
+    )
     start = server.prepare(options)[0].start
     if start["cache"] is not None:
         config = EngineConfig(**start["config"])

@@ -38,6 +38,7 @@ from _cluster import (
     Cluster,
     Shape,
     Traffic,
+    add_shape_options,
     expected_outputs,
     is_whole,
     machine,
@@ -149,11 +150,16 @@ async def _settled(cluster: Cluster) -> None:
 
 
 async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    shape, draw = Shape(args.hosts, args.ranks_per_host), random.Random(args.seed)
+    shape, draw = Shape.of(args), random.Random(args.seed)
     if args.shape != "demo":
         model = str(write_model(args.shape, args.layers, directory / "model"))
-        most = -(-args.streams // 16) * 16
-        shape = replace(shape, model=model, load_format="dummy", max_model_len=2048, max_batch=most)
+        shape = replace(
+            shape,
+            model=model,
+            load_format="dummy",
+            max_model_len=shape.max_model_len or 2048,
+            max_batch=shape.max_batch or -(-args.streams // 16) * 16,
+        )
     kill_or_stop = {"kill": [signal.SIGKILL], "stop": [signal.SIGSTOP], "both": [signal.SIGKILL, signal.SIGSTOP]}
     numbers = kill_or_stop[args.signal]
     jobs = make_jobs(64, args.seed)
@@ -255,8 +261,7 @@ def show(console: Console, r: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="How long clients wait when a host is killed.", allow_abbrev=False)
-    parser.add_argument("--hosts", type=int, default=6)
-    parser.add_argument("--ranks-per-host", type=int, default=1)
+    add_shape_options(parser, hosts=6)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument(
         "--losses", type=int, default=2, help="hosts that stay away, one after the other; 0: leave it out"

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import math
 import random
 import signal
 import sys
@@ -31,6 +32,7 @@ from _cluster import (
     Resources,
     Shape,
     Traffic,
+    add_shape_options,
     expected_outputs,
     is_alive,
     is_whole,
@@ -425,7 +427,7 @@ def sweep(chaos: Chaos, shape: Shape, size: int) -> Iterator[tuple[str, Callable
 
 
 async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    shape = Shape(args.hosts, args.ranks_per_host, args.slots, args.replication, args.max_batch)
+    shape = Shape.of(args)
     begun = time.monotonic()
     jobs = make_jobs(args.jobs, args.seed, *args.tokens)
     say(f"{len(jobs)} requests on one host, for comparison; programs for {shape}")
@@ -447,6 +449,8 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
             faults = random_faults(chaos, args.kinds, args.faults)
         try:
             for name, fault in faults:
+                if time.monotonic() - begun > args.limit:
+                    break
                 event = await chaos.inject(name, fault)
                 say("  ".join(event.row()))
                 for problem in event.problems:
@@ -511,11 +515,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Break a cluster while clients stream from it, and look whether they notice.", allow_abbrev=False
     )
-    parser.add_argument("--hosts", type=int, default=4)
-    parser.add_argument("--ranks-per-host", type=int, default=1)
-    parser.add_argument("--slots", type=int, help="expert slots per layer and rank")
-    parser.add_argument("--replication", type=int, help="hosts that hold each expert")
-    parser.add_argument("--max-batch", type=int, help="requests decoded at once by a rank")
+    add_shape_options(parser, hosts=4)
     parser.add_argument("--faults", type=int, default=10, help="random ones, with the cluster whole in between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -528,6 +528,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=64, help="different requests; half are greedy, half are sampled")
     parser.add_argument("--tokens", type=int, nargs=2, default=(100, 200), metavar=("MIN", "MAX"), help="of each")
     parser.add_argument("--quiet", type=float, default=5.0, metavar="S", help="seconds before the first fault")
+    parser.add_argument("--limit", type=float, default=math.inf, metavar="S", help="no further fault after so long")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep logs and journal there")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of tables")
     return parser.parse_args()

@@ -114,7 +114,7 @@ def _llm(**options: Any) -> Any:
 
 _LLM_OPTIONS = (
     *("dtype", "slots", "replication", "ranks_per_host", "load_format", "kernels"),
-    *("max_model_len", "max_batch", "page_size", "num_pages"),
+    *("max_model_len", "max_batch", "max_prefill_rows", "page_size", "num_pages", "deterministic"),
 )
 
 
@@ -129,9 +129,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--replication", **rest, help="hosts that hold each expert")
     group.add_argument("--max-model-len", **rest, help="longest prompt and output together, in tokens")
     group.add_argument("--max-batch", **rest, help="requests decoded at once by a rank")
+    group.add_argument("--max-prefill-rows", **rest, help="prompt tokens that a rank takes in one step")
     group.add_argument("--page-size", **rest, help="tokens in a page of the KV cache")
     group.add_argument("--num-pages", **rest, help="pages of a rank's KV cache")
     group.add_argument("--dtype", default=argparse.SUPPRESS, help="float32, bfloat16, … (default: the checkpoint's)")
+    group.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="the same bits whatever runs beside a request and on however many hosts (default: on a CPU)",
+    )
     group.add_argument(
         "--load-format", choices=("auto", "dummy"), default=argparse.SUPPRESS, help="dummy: random weights, no files"
     )
