@@ -278,6 +278,10 @@ class Executables:
             if run.ordered:
                 reduce = partial(native.log_sum_exp, rows=b.num_sampled) if run.kernels == "native" else log_sum_exp
                 sampled = sample(scores, b.sampling, b.want_top, reduce)
+            elif run.kernels == "hopper":
+                from moe_jax.kernels.sampling import sample as sample_hopper  # Pallas takes its time to import
+
+                sampled = sample_hopper(scores, b.sampling, b.want_top)
             else:
                 sampled = sample_fast(scores, b.sampling, b.want_top)
             tokens = jnp.pad(sampled.token, (0, engine.max_batch - len(sampled.token)))

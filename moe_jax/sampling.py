@@ -76,14 +76,16 @@ def log_softmax(logits: jax.Array) -> jax.Array:
     return shifted - jnp.log(row_sum(jnp.exp(shifted)))[:, None]
 
 
+def ordered_bits(x: jax.Array) -> jax.Array:
+    """int32 in the order of the float32."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
 def _threshold(x: jax.Array, enough: jax.Array, weight: jax.Array) -> jax.Array:
     """The greatest t with sum(weight where x >= t) >= enough, by bisection over the bits of float32. All [S, ...]."""
 
-    def ordered(x: jax.Array) -> jax.Array:  # integers in the order of the floats
-        bits = lax.bitcast_convert_type(x, jnp.int32)
-        return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
-
-    value = ordered(x)
+    value = ordered_bits(x)
 
     def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # enough above low, not enough above high
@@ -117,51 +119,52 @@ def sample(
 ) -> Sampled:
     """logits [S, V] float32; want_top: whether any row asked for its best tokens (zeros if not: they are costly).
     reduce: a version of `log_sum_exp`."""
-    random, restricted = (p.temperature > 0).any(), _restricted(p).any()
+    random, restricted = (p.temperature > 0).any(), is_restricted(p).any()
 
     def draw() -> jax.Array:
-        scaled = _scaled(logits, p)
+        scaled = tempered(logits, p)
         scaled = lax.cond(restricted, lambda x: restrict(x, p.top_k, p.top_p), lambda x: x, scaled)
-        return row_argmax(_noisy(logits, scaled, p))
+        return row_argmax(with_noise(logits, scaled, p))
 
     greedy, total = reduce(logits)
     token = lax.cond(random, draw, lambda: greedy)
     top = lax.cond(want_top, lambda: _best(logits, total), lambda: _no_best(logits))
-    return Sampled(token, _chosen(logits, token, total), *top)
+    return Sampled(token, logprob_of(logits, token, total), *top)
 
 
 def sample_fast(logits: jax.Array, p: SampleParams, want_top: jax.Array) -> Sampled:
-    """The same, up to rounding: sums in any order, and only one branch, because on a GPU the host waits at each."""
+    """The same, up to rounding: sums in any order, and only one branch, because on a GPU the host waits at each.
+    `kernels.sampling` has none."""
     total = jax.nn.logsumexp(logits, axis=-1)
-    costly = _restricted(p).any() | want_top
+    costly = is_restricted(p).any() | want_top
 
     def draw(scaled: jax.Array) -> jax.Array:
-        return jnp.argmax(_noisy(logits, scaled, p), axis=-1).astype(jnp.int32)
+        return jnp.argmax(with_noise(logits, scaled, p), axis=-1).astype(jnp.int32)
 
     token, *top = lax.cond(
         costly,
-        lambda: (draw(restrict(_scaled(logits, p), p.top_k, p.top_p)), *_best(logits, total)),
-        lambda: (draw(_scaled(logits, p)), *_no_best(logits)),
+        lambda: (draw(restrict(tempered(logits, p), p.top_k, p.top_p)), *_best(logits, total)),
+        lambda: (draw(tempered(logits, p)), *_no_best(logits)),
     )
-    return Sampled(token, _chosen(logits, token, total), *top)
+    return Sampled(token, logprob_of(logits, token, total), *top)
 
 
-def _restricted(p: SampleParams) -> jax.Array:
+def is_restricted(p: SampleParams) -> jax.Array:
     """Whether top-k or top-p decide about a row. Not about greedy ones, nor about padding, which is all zeros."""
     return ((p.top_k > 0) | (p.top_p < 1)) & (p.temperature > 0)
 
 
-def _scaled(logits: jax.Array, p: SampleParams) -> jax.Array:
+def tempered(logits: jax.Array, p: SampleParams) -> jax.Array:
     return logits / jnp.where(p.temperature > 0, p.temperature, 1)[:, None]
 
 
-def _noisy(logits: jax.Array, scaled: jax.Array, p: SampleParams) -> jax.Array:
+def with_noise(logits: jax.Array, scaled: jax.Array, p: SampleParams) -> jax.Array:
     """What the sampled token is the greatest of; greedy rows have no noise."""
     noisy = scaled + gumbel(p.seed, p.position, logits.shape[1])
     return jnp.where((p.temperature > 0)[:, None], noisy, logits)
 
 
-def _chosen(logits: jax.Array, token: jax.Array, total: jax.Array) -> jax.Array:
+def logprob_of(logits: jax.Array, token: jax.Array, total: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - total
 
 

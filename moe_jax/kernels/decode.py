@@ -42,7 +42,7 @@ def fits(c: ModelConfig) -> bool:
     )
 
 
-def _call(body: Callable[..., None], out: Any, grid: tuple[int, ...], warps: int, interpret: bool) -> Any:
+def call(body: Callable[..., None], out: Any, grid: tuple[int, ...], warps: int, interpret: bool) -> Any:
     run = pl.pallas_call(
         body, out_shape=out, grid=grid, compiler_params=plt.CompilerParams(num_warps=warps), interpret=interpret
     )
@@ -66,7 +66,7 @@ def norm(x: jax.Array, weights: jax.Array, layer: jax.Array, eps: float, interpr
         out_ref[m, :] = (f * scale).astype(x.dtype) * w_ref[layer_ref[0], :]
 
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return _call(body, out, (n,), 8, interpret)(x, weights, layer.reshape(1))
+    return call(body, out, (n,), 8, interpret)(x, weights, layer.reshape(1))
 
 
 def split_heads(
@@ -111,7 +111,7 @@ def split_heads(
     shapes = [(n, count, 2, half) for count in (heads, kv_heads, kv_heads)]
     norms = (w.reshape(-1, 2, half) for w in (q_norm, k_norm))
     angles = (t.reshape(n, half) for t in turn)
-    run = _call(body, [jax.ShapeDtypeStruct(s, dtype) for s in shapes], (n,), 4, interpret)
+    run = call(body, [jax.ShapeDtypeStruct(s, dtype) for s in shapes], (n,), 4, interpret)
     q, k, v = run(qkv.reshape(n, -1, 2, half), *norms, *angles, layer.reshape(1))
     return q.reshape(n, heads, -1), k.reshape(n, kv_heads, -1), v.reshape(n, kv_heads, -1)
 
@@ -141,7 +141,7 @@ def merge(
         y_ref[m, h, :, :] = (y / total[:, None]).astype(q.dtype)
 
     result = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    return _call(body, result, (n, kv_heads), 4, interpret)(out, lse, q, k, v)
+    return call(body, result, (n, kv_heads), 4, interpret)(out, lse, q, k, v)
 
 
 def route(
@@ -179,7 +179,7 @@ def route(
 
     shapes = [jax.ShapeDtypeStruct((n, choices), t) for t in (jnp.int32, jnp.float32, jnp.int32)]
     arguments = parts.reshape(n, 3, experts), table, layer.reshape(1), real
-    return _call(body, shapes, (n,), 1, interpret)(*arguments)
+    return call(body, shapes, (n,), 1, interpret)(*arguments)
 
 
 def can_assign(pairs: int, groups: int) -> bool:
@@ -225,5 +225,5 @@ def assign(slot: jax.Array, groups: int, block_m: int, interpret: bool = False) 
             count_ref[0] = cut.sum()
 
     shapes = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (pairs, tiles, tiles, tiles, 1)]
-    place, *cuts, count = _call(body, shapes, (groups,), 4, interpret)(slot.reshape(-1))
+    place, *cuts, count = call(body, shapes, (groups,), 4, interpret)(slot.reshape(-1))
     return place.reshape(slot.shape), Tiles(cuts[0], cuts[1], cuts[2], count[0])

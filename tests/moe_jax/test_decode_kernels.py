@@ -1,5 +1,6 @@
 """The small kernels of a decode step against what they stand for, interpreted on a CPU."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,8 +11,9 @@ import pytest
 from moe_jax import hopper, model, moe
 from moe_jax.attention import write
 from moe_jax.config import parse_hugging_face
-from moe_jax.kernels import decode, paged_attention, routing
-from moe_jax.sampling import SampleParams, sample, sample_fast
+from moe_jax.kernels import decode, paged_attention, routing, sampling
+from moe_jax.request import MAX_LOGPROBS
+from moe_jax.sampling import SampleParams, ordered_bits, restrict, sample, sample_fast, tempered
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas of jax 0.10 lacks some of it")
 BF16 = jnp.bfloat16
@@ -110,15 +112,56 @@ def test_write(latent: bool) -> None:
         np.testing.assert_array_equal(found, expected[name])
 
 
-@pytest.mark.parametrize("temperature, top_p, want", [(0.0, 1.0, False), (0.7, 1.0, True), (0.7, 0.5, False)])
-def test_sample_fast(temperature: float, top_p: float, want: bool) -> None:
-    n, zero = 6, jnp.zeros(6, jnp.int32)
-    live = jnp.arange(n) < 4  # the rest is padding, all zeros
+@pytest.mark.parametrize("how", ["xla", "kernels"])
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k, want",
+    [(0.0, 1.0, 0, False), (0.7, 1.0, 0, True), (0.7, 0.5, 0, False), (1.3, 1.0, 7, True), (1.0, 0.9, 40, False)],
+)
+def test_sampling_on_a_gpu(how: str, temperature: float, top_p: float, top_k: int, want: bool) -> None:
+    n = 8
+    live = jnp.arange(n) < 6  # the rest is padding, all zeros
     seed = jnp.tile(jnp.array([[5, 6]], jnp.uint32), (n, 1))
-    p = SampleParams(jnp.where(live, temperature, 0), jnp.where(live, top_p, 0), zero, seed, jnp.arange(n))
-    logits = random(0, n, 500, dtype=np.float32) * 3
-    found, expected = sample_fast(logits, p, jnp.array(want)), sample(logits, p, jnp.array(want))
+    k = jnp.where(live, top_k * (jnp.arange(n) != 1), 0)  # one that is not restricted by it
+    p = SampleParams(jnp.where(live, temperature, 0), jnp.where(live, top_p, 0), k, seed, jnp.arange(n))
+    logits = random(0, n, 700, dtype=np.float32) * 3
+    logits = logits.at[3, 10:300].set(-jnp.inf).at[4, 20:40].set(9.0)
+    run = sample_fast if how == "xla" else partial(sampling.sample, interpret=True)
+    found, expected = run(logits, p, jnp.array(want)), sample(logits, p, jnp.array(want))
     np.testing.assert_array_equal(found.token, expected.token)
     np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-5)
-    if want:
+    if want or how == "kernels":
         np.testing.assert_array_equal(found.top_tokens, expected.top_tokens)
+        np.testing.assert_allclose(found.top_logprobs, expected.top_logprobs, atol=1e-5)
+
+
+def test_what_top_k_and_top_p_leave() -> None:
+    """Over several chunks of the vocabulary, the last of which overlaps the one before."""
+    n, vocab = 12, 5 * 8192 + 1000
+    draw = np.random.default_rng(0)
+    k = jnp.asarray([0, 1, 2, 50, 10_000, vocab, vocab + 5, 0, 0, 0, 3, 1000], jnp.int32)
+    top_p = jnp.asarray([1, 1, 1, 1, 1, 1, 1, 0.1, 0.9, 0.999, 0.5, 0.2], jnp.float32)
+    temperature = jnp.asarray(draw.uniform(0.3, 2.0, n), jnp.float32)
+    logits = random(1, n, vocab, dtype=np.float32) * 2
+    p = SampleParams(temperature, top_p, k, jnp.zeros((n, 2), jnp.uint32), jnp.arange(n))
+    kept = ordered_bits(logits) >= sampling.edges(logits, p, interpret=True)[:, None]
+    expected = np.asarray(restrict(tempered(logits, p), k, top_p)) > -np.inf
+    apart = (np.asarray(kept) != expected).sum(1)
+    assert (apart <= 2).all(), apart  # sums are rounded differently: a token at the edge of the nucleus
+    assert (apart[:7] == 0).all(), apart
+    values, ids = jax.lax.top_k(logits, MAX_LOGPROBS)
+    found_ids, found = sampling.best(logits, jnp.array(True), interpret=True)
+    np.testing.assert_array_equal(found_ids, ids)
+    np.testing.assert_array_equal(found, values)
+
+
+def test_sampling_lowers_for_a_gpu() -> None:
+    n, vocab = 4, 151936
+    spec = jax.ShapeDtypeStruct
+    p = SampleParams(*(spec((n,), t) for t in (jnp.float32, jnp.float32, jnp.int32)), spec((n, 2), jnp.uint32),
+                     spec((n,), jnp.int32))  # fmt: skip
+    device = getattr(jax.sharding, "AbstractDevice")("NVIDIA H200", 132, "gpu")  # noqa: B009  not in jax 0.10
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)  # type: ignore[call-arg]
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(sampling.sample).trace(spec((n, vocab), jnp.float32), p, spec((), jnp.bool_))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.case" not in text and "stablehlo.if" not in text and "stablehlo.while" not in text
