@@ -76,7 +76,7 @@ def edges(logits: jax.Array, p: SampleParams, interpret: bool = False) -> jax.Ar
                 ok = total(weight, middle, 1) >= enough
                 return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
 
-            return lax.fori_loop(0, jnp.where(asked, 32, 0), halve, (least, jnp.int32(_MOST)))[0]
+            return lax.fori_loop(jnp.int32(0), 32 * asked.astype(jnp.int32), halve, (least, jnp.int32(_MOST)))[0]
 
         low = edge(jnp.ones_like, top_k.astype(jnp.float32), jnp.int32(_LEAST), by_k)
         times = by_p.astype(jnp.int32)
