@@ -307,7 +307,7 @@ class Traffic:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping, self._number = False, 0
         self._running: dict[str, Stream] = {}
-        self._gaps: deque[tuple[float, float]] = deque(maxlen=1 << 16)  # between two tokens of one stream
+        self._gaps: deque[tuple[float, float]] = deque(maxlen=1 << 18)  # between two tokens of one stream
         self.tally = Tally()
         self.last = 0.0  # when the last token of any stream came
 
@@ -331,6 +331,14 @@ class Traffic:
     def longest_gap_after(self, since: float) -> float | None:
         """Seconds, of the gaps that began later."""
         return max((end - begin for begin, end in self._gaps if begin > since), default=None)
+
+    def timeline(self, since: float, until: float, width: float) -> list[float]:
+        """Tokens per second of all streams, in windows of `width` seconds."""
+        counts = [0] * max(1, int((until - since) / width))
+        for _, end in self._gaps:
+            if 0 <= (i := int((end - since) / width)) < len(counts) and end >= since:
+                counts[i] += 1
+        return [count / width for count in counts]
 
     async def all_moved(self, since: float) -> None:
         """Until every stream that runs now has got a token after `since`, or has ended."""

@@ -57,6 +57,8 @@ PHASES = ("detect", "fence", "agree", "fail", "load", "compile", "rebuild", "res
 WHOLE = 120.0  # seconds that a host may take to come back
 HANG = 300.0  # seconds without a token; a restart of everything must fit
 RESTORED = 10.0  # seconds that restoring redundancy may take
+BEFORE = 1.0  # seconds before a kill at which its timeline begins
+WINDOW = 0.05  # seconds; of a timeline
 
 
 async def kill_host(cluster: Cluster, host: str, number: int = signal.SIGKILL) -> None:
@@ -70,6 +72,7 @@ async def kill_and_return(cluster: Cluster, traffic: Traffic, host: str, number:
     """How long clients waited for the survivors, and for the host that came back; with the records of the status."""
     before = await cluster.until_settled(WHOLE, "before the kill")
     traffic.clear()
+    await asyncio.sleep(BEFORE)
     begun = time.monotonic()
     await kill_host(cluster, host, number)
     epoch = before["epoch"]
@@ -88,6 +91,7 @@ async def kill_and_return(cluster: Cluster, traffic: Traffic, host: str, number:
         "losses": [r for r in new if r["lost"]],
         "joins": [r for r in new if r["joined"]],
         "compilations": status["compilations"] - before["compilations"],
+        "tokens_per_second": traffic.timeline(begun - BEFORE, time.monotonic(), WINDOW),
     }
 
 
@@ -259,6 +263,22 @@ def show(console: Console, r: dict[str, Any]) -> None:
     console.print(f"{r['compilations']} programs were compiled while it served")
 
 
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Tokens per second around the first kill by each signal."""
+    from matplotlib.figure import Figure
+
+    first = {kill["signal"]: kill for kill in reversed(result["each"])}
+    figure = Figure(figsize=(9, 3 * len(first)), layout="constrained")
+    for axes, (name, kill) in zip(figure.subplots(len(first), squeeze=False)[:, 0], sorted(first.items()), strict=True):
+        rates = kill["tokens_per_second"]
+        axes.step([i * WINDOW - BEFORE for i in range(len(rates))], rates, where="post", linewidth=0.8)
+        axes.axvline(0, color="red", linewidth=0.8)
+        axes.axvline(kill["back_s"], color="green", linewidth=0.8)
+        axes.set(title=f"{name} to {kill['host']} (red): pause {kill['pause_ms']:.0f} ms; back (green)", ylim=(0, None))
+        axes.set(ylabel=f"tokens/s, each {1e3 * WINDOW:.0f} ms", xlabel="seconds", xlim=(-BEFORE, None))
+    figure.savefig(path, dpi=110)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="How long clients wait when a host is killed.", allow_abbrev=False)
     add_shape_options(parser, hosts=6)
@@ -273,6 +293,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="of the shape: fewer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep logs and journals there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens per second (needs moe-jax[plot])")
     parser.add_argument("--json", action="store_true", help="print one JSON line after the table")
     args = parser.parse_args()
     if args.kills < 1:
@@ -285,6 +306,8 @@ def main() -> int:
         directory = args.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-recovery-")))
         result = in_loop(run(args, directory, say))
     show(Console(width=None if sys.stdout.isatty() else 140), result)
+    if args.plot is not None:
+        plot(result, args.plot)
     if args.json:
         print(json.dumps(result))
     return 0 if result["clean"] else 1

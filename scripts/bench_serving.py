@@ -368,6 +368,7 @@ def main() -> None:
     parser.add_argument("--load-format", choices=["dummy"], default="dummy", help="random weights are all there is")
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batches whose steps are traced")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw decoding beside the roofline (moe-jax[plot])")
     parser.add_argument("--as-peer", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.as_peer:
@@ -399,6 +400,31 @@ def main() -> None:
             results["ours"].append(measure(args, path, options, flops, bandwidth, results.get("transformers", [])))
     if args.json:
         args.json.write_text(json.dumps(results))
+    if args.plot:
+        plot(results, args.plot)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for ours in results["ours"]:
+        batches = [line["batch"] for line in ours["decode"]]
+        rates = [line["tokens_per_s"] for line in ours["decode"]]
+        axes.plot(
+            batches, [line["tokens_per_s"] / line["roofline"] for line in ours["decode"]], "k--", label="roofline"
+        )
+        axes.plot(batches, rates, "o-", label=f"moe-jax, {ours['kernels']}")
+        for line, rate in zip(ours["decode"], rates, strict=True):
+            axes.annotate(f"{line['roofline']:.0%}", (line["batch"], rate), (6, -12), textcoords="offset points")
+    peer = [(line["batch"], line["batch"] / line["step"]) for line in results.get("transformers", []) if "step" in line]
+    if peer:
+        axes.plot(*zip(*peer, strict=True), "s-", label="transformers")
+    axes.set(xscale="log", yscale="log", xlabel="sequences decoded at once", ylabel="tokens/s")
+    axes.set(title=f"{results['shape']}, context {results['context']}, {results['device']}")
+    axes.legend()
+    figure.savefig(path, dpi=110)
 
 
 def measure(
