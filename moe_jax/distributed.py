@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -99,15 +100,50 @@ def connect(address: str, rank: int, num_nodes: int, init_timeout_s: int = 120, 
     return client
 
 
-def live_nodes(client: Any, name: str, nodes: list[int], timeout_s: float) -> list[int]:
-    """A barrier among `nodes`, and those of them that live; it also tells XLA their incarnations. Once an epoch.
+class Meetings:
+    """Where ranks meet at the JAX service before an epoch, which is what tells XLA their incarnations. Thread-safe.
 
-    JAX's own barrier knows no name: a call that waits for a lost node would be met by a later one for the same nodes,
-    and that one's partners would wait. So all meet at a barrier with a name first, which nobody comes to late.
-    Raises JaxRuntimeError after timeout_s.
+    JAX's barrier knows no name, only its nodes, and a call cannot be taken back: one that waits for a node that is lost
+    is answered when that node's next process comes. So all meet at a barrier with a name first, to which nobody comes
+    late; and a process that has a call waiting for the same nodes makes no other. That one would begin a meeting of its
+    own if the first was answered in between, and nobody would ever come to it.
     """
-    client.wait_at_barrier(name, int(1000 * timeout_s), sorted(nodes))
-    return sorted(client.get_live_nodes(sorted(nodes)))
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._lock = threading.Lock()
+        self._calls: dict[tuple[int, ...], Future[list[int]]] = {}  # that have not been answered
+
+    def live_nodes(self, name: str, nodes: Sequence[int], timeout_s: float, answer_s: float = 1.0) -> list[int]:
+        """Those of `nodes` that live, once all of them have come; once an epoch, whose name no other has.
+
+        Raises JaxRuntimeError when not all have come after timeout_s, TimeoutError when they have and the service has
+        no answer for all of them answer_s later: meet again then, under another name.
+        """
+        key = tuple(sorted(nodes))
+        waiting = self._calls.get(key)
+        self._client.wait_at_barrier(name, int(1000 * timeout_s), list(key))
+        with self._lock:
+            call = waiting or self._calls.get(key)
+            if call is None:
+                call = self._calls[key] = Future()
+                threading.Thread(target=self._ask, args=(key, call), name="live-nodes", daemon=True).start()
+        try:
+            return call.result(answer_s)
+        except TimeoutError:
+            raise TimeoutError(f"nodes {list(key)} met, and the JAX service gave no answer in {answer_s} s") from None
+
+    def _ask(self, key: tuple[int, ...], call: Future[list[int]]) -> None:
+        try:
+            answer, error = sorted(self._client.get_live_nodes(list(key))), None
+        except Exception as e:
+            answer, error = [], e
+        with self._lock:
+            del self._calls[key]
+        if error is None:
+            call.set_result(answer)
+        else:
+            call.set_exception(error)
 
 
 # Programs

@@ -51,7 +51,7 @@ def static_rank(rank: int, address: str, config: dict[str, Any], cache: str) -> 
     from moe_jax import placement
     from moe_jax.checkpoint import open_checkpoint
     from moe_jax.config import EngineConfig
-    from moe_jax.distributed import connect, live_nodes
+    from moe_jax.distributed import Meetings, connect
     from moe_jax.engine import Engine
     from moe_jax.executables import Executables
     from moe_jax.llm import model_directory
@@ -69,7 +69,7 @@ def static_rank(rank: int, address: str, config: dict[str, Any], cache: str) -> 
     programs = Executables.of(checkpoint, engine_config, kind, ProgramStore(Path(cache)))
     engine = Engine(checkpoint, engine_config, [device], slots[:, rank : rank + 1], programs)
     mesh = ExpertMesh(tuple(sorted(jax.devices(), key=lambda d: d.process_index)))
-    live_nodes(client, "epoch-1", list(range(ranks)), 120)
+    Meetings(client).live_nodes("epoch-1", range(ranks), 120)
     engine.enter(1, mesh, np.asarray(slots))
     params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True, seed=0)
     for i in range(rank, REQUESTS, ranks):

@@ -29,10 +29,10 @@ import jax
 import numpy as np
 
 from moe_jax.distributed import (
+    Meetings,
     cut_collectives,
     end_connecting,
     forget_communicator,
-    live_nodes,
     open_sockets,
     shield_collectives,
 )
@@ -66,6 +66,7 @@ class EngineLoop:
     def __init__(self, engine: Engine, client: Any, service: str, rank: int, send: Callable[..., None]) -> None:
         """client and service: of the JAX service, and its address. `send` as Outbox.send."""
         self.engine, self.rank, self._client, self._service, self._send = engine, rank, client, service, send
+        self._meetings = Meetings(client)
         self._scores: dict[int, ScoreJob] = {}
         self._fetched: Experts = {}
         self._epoch: dict[str, Any] | None = None  # announced, and not yet entered
@@ -302,7 +303,7 @@ class EngineLoop:
         def meet() -> None:
             try:
                 forget_communicator(self._client, mesh.devices)
-                result.append(live_nodes(self._client, f"epoch-{number}", nodes, _BARRIER))
+                result.append(self._meetings.live_nodes(f"epoch-{number}", nodes, _BARRIER))
             except Exception as e:
                 result.append(e)
 

@@ -56,6 +56,7 @@ class Job:
     priority: int = field(default=0, kw_only=True)  # 0 to admission.MAX_PRIORITY, which goes first
     number: int = field(default=0, init=False)  # what the engine at `place` knows it by
     place: Place | None = field(default=None, init=False)  # None: it waits for one
+    begun: bool = field(default=False, init=False)  # something has come of it there
     ended: bool = field(default=False, init=False)
 
     @property
@@ -187,6 +188,7 @@ class Ledger:
     first_number: keys and numbers are drawn from here on. No engine and no journal may know of one of them already.
     max_jobs, max_tokens: bounds of what is here, checked when something new comes. Tokens are of prompts and outputs.
     at_once: jobs that one place is given at most, and the others wait here, where their turn is fair; 0: no bound.
+    runs: how many of them it works on, while the rest waits there; 0: all.
     block: tokens that a rank's cache shares as a whole. blocks: how many it holds.
     """
 
@@ -197,10 +199,11 @@ class Ledger:
         max_jobs: int = 4096,
         max_tokens: int = 1 << 22,
         at_once: int = 0,
+        runs: int = 0,
         block: int = 16,
         blocks: int = 1 << 12,
     ) -> None:
-        self.max_jobs, self.max_tokens, self.at_once = max_jobs, max_tokens, at_once
+        self.max_jobs, self.max_tokens, self.at_once, self.runs = max_jobs, max_tokens, at_once, runs
         self._block, self._blocks = block, blocks
         self.tokens = 0  # known ones, of all jobs
         self.counts = Counts()
@@ -309,12 +312,12 @@ class Ledger:
     def place(self, incarnations: Mapping[int, int]) -> list[Job]:
         """Give waiting jobs, in the order of serving.admission, to these ranks (rank: incarnation) that have room.
 
-        Each goes to the least loaded one: by jobs, then by tokens, then the lowest rank; or to one that is a little
-        more loaded and has had the beginning of its prompt. Those that had to leave their rank, or come from another
-        life with tokens, are spread by what has to be prefilled before they go on, though the ranks' loads differ:
-        somebody waits for their next token. Returns
-        the jobs: `command()` is to reach the engine at `place` before anything else about them does. Without ranks they
-        go on waiting.
+        Each goes to one that begins with it at once, if there is any; of these to the least loaded one: by jobs, then
+        by tokens, then the lowest rank; or to one that is a little more loaded and has had the beginning of its prompt.
+        Those that had to leave their rank, or come from another life with tokens, are spread by what has to be
+        prefilled before they go on, though the ranks' loads differ: somebody waits for their next token. Returns the
+        jobs: `command()` is to reach the engine at `place` before anything else about them does. Without ranks they go
+        on waiting.
         """
         prefill: Counter[Place] = Counter()  # tokens of those that had to leave their rank
         places = [Place(rank, incarnation) for rank, incarnation in incarnations.items()]
@@ -325,6 +328,7 @@ class Ledger:
             free = [place for place in places if not self.at_once or self.load(place).jobs < self.at_once]
             if not free:
                 break
+            free = [place for place in free if self._room(place)] or free
             key = self._waiting.pop()
             assert key is not None
             job = self._jobs[key]
@@ -333,11 +337,15 @@ class Ledger:
                 prefill[job.place] += job.size
             else:
                 job.place = self._choose(job, free)
-            job.number = self._draw()
+            job.number, job.begun = self._draw(), False
             self._placed[job.number] = job
             self._change_load(job.place, 1, job.size)
             jobs.append(job)
         return jobs
+
+    def _room(self, place: Place) -> int:
+        """How many more jobs it would work on."""
+        return max(0, self.runs - self.load(place).jobs) if self.runs else self.max_jobs
 
     def _choose(self, job: Job, places: Sequence[Place]) -> Place:
         hashes = block_hashes(job.prompt, self._block)
@@ -358,14 +366,33 @@ class Ledger:
         """These ranks have left at the switch to an epoch. Returns the jobs they had; they wait for `place`."""
         return self._move(lambda place: place.rank in ranks)
 
+    def relieve(self, incarnations: Mapping[int, int]) -> list[tuple[Place, int]]:
+        """Of these ranks (rank: incarnation) some have come: take back what has not begun where there is more than is
+        worked on, the last first, as far as it would begin at once elsewhere. Returns (place, number) of each, that is
+        to be told to cancel; they wait for `place`.
+        """
+        places = [Place(rank, incarnation) for rank, incarnation in incarnations.items()]
+        room, told = sum(map(self._room, places)), []
+        for place in places:
+            excess = min(self.load(place).jobs - self.runs, room) if self.runs else 0
+            if excess > 0:
+                waiting = [job for job in reversed(self._placed.values()) if job.place == place and not job.begun]
+                told += [(place, job.number) for job in waiting[:excess]]
+                room -= len(waiting[:excess])
+                self._take_back(waiting[:excess])
+        return told
+
     def _move(self, leaves: Callable[[Place], bool]) -> list[Job]:
         jobs = [job for job in self._placed.values() if job.place is not None and leaves(job.place)]
+        self._take_back(jobs)
+        return jobs
+
+    def _take_back(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             self._withdraw(job)
             job.restart()
             self._waiting.push_back(job.key, job.key)
         self.counts.moved += len(jobs)
-        return jobs
 
     def _withdraw(self, job: Job) -> tuple[Place, int] | None:
         """Take a job from its place. (place, number) of before; None if it was waiting."""
@@ -403,6 +430,7 @@ class Ledger:
             return None
         event = unpack_event(packed, entry.asked.request_id)
         entry.append(event)
+        entry.begun = True
         self.tokens += 1
         self.counts.tokens += 1
         self._change_load(place, 0, 1)
@@ -417,6 +445,7 @@ class Ledger:
             return None
         if rows is not None:
             score.rows.append(rows)
+            score.begun = True
             return None
         self._remove(score)
         return score

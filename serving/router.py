@@ -75,6 +75,7 @@ class Router:
             max_tokens=max_tokens,
             # A few wait there for pages and rows to become free, the others here, where their turn is fair.
             at_once=limits.max_batch + max(2, limits.max_batch // 4),
+            runs=limits.max_batch,
             block=limits.page_size,
             blocks=limits.num_pages,
         )
@@ -172,6 +173,8 @@ class Router:
         """Work goes to these (rank: incarnation) from now on, and leaves `leavers`."""
         self.members = dict(members)
         self.ledger.drain(leavers)
+        for told in self.ledger.relieve(self.members):
+            self._tell_to_cancel(told)
         self.place()
 
     def lost(self, rank: int, incarnation: int) -> None:

@@ -1,16 +1,20 @@
 """Ranks that give up in the middle of collectives, or while they connect, leave nobody behind.
 
-Run as a program, this file is a rank: it obeys "epoch NUMBER RANK…" and "cut NUMBER", and says what it does.
+Run as a program, this file is a rank: it obeys "epoch NUMBER RANK…" and "cut NUMBER", and says what it does. Without
+arguments it is three nodes that meet.
 """
 
 import itertools
+import os
 import queue
 import random
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -29,6 +33,7 @@ def rank(own: int, address: str) -> None:
     from moe_jax.mesh import SHARDED, ExpertMesh
     from moe_jax.moe import AXIS
 
+    meetings = distributed.Meetings(client)
     epochs: queue.SimpleQueue[tuple[int, list[int]]] = queue.SimpleQueue()
     inside, lost = [0], [0]
     meshes: list[ExpertMesh] = []  # that are being connected
@@ -79,7 +84,7 @@ def rank(own: int, address: str) -> None:
             shape = jax.ShapeDtypeStruct((RANKS, 16, 64), np.float32, sharding=mesh.sharding(SHARDED))
             program = distributed.serialize_program(step.lower(shape), True)
         run = distributed.load_program(program, mesh.devices)
-        distributed.live_nodes(client, f"epoch-{number}", order, 60.0)
+        meetings.live_nodes(f"epoch-{number}", order, 60.0, 60.0)
         done = threading.Event()
         threading.Thread(target=shield, args=(done,), daemon=True).start()
         meshes[:], inside[0] = [mesh], number
@@ -118,12 +123,53 @@ class Rank:
             pass
 
 
+class Late:
+    """A client whose calls in JAX's barrier come late."""
+
+    def __init__(self, client: Any) -> None:
+        self.wait_at_barrier, self._client, self.calls = client.wait_at_barrier, client, 0
+
+    def get_live_nodes(self, nodes: list[int]) -> Any:
+        self.calls += 1
+        time.sleep(0.3)
+        return self._client.get_live_nodes(nodes)
+
+
+def meet() -> None:
+    address, nodes = free_address(), [0, 1, 2]
+    service = distributed.start_service(address, len(nodes))
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        lost, *clients = pool.map(lambda node: distributed.fence(address, node), nodes)  # a client like any other
+        others = [Late(client) for client in clients]
+        meetings = [distributed.Meetings(client) for client in others]
+        early = [pool.submit(meeting.live_nodes, "epoch-1", nodes, 10.0, 0.5) for meeting in meetings]
+        lost.wait_at_barrier("epoch-1", 10_000, nodes)  # and no further
+        for answer in early:
+            with pytest.raises(TimeoutError, match="gave no answer"):
+                answer.result()
+        meetings.insert(0, distributed.Meetings(distributed.fence(address, 0)))
+        for name in ("epoch-2", "epoch-3"):
+            answers = [pool.submit(meeting.live_nodes, name, nodes, 10.0, 5.0) for meeting in meetings]
+            assert [answer.result() for answer in answers] == [nodes] * 3
+            if name == "epoch-2":
+                assert [client.calls for client in others] == [1, 1]
+    assert service is not None
+
+
+def test_who_waits_for_a_lost_node_meets_its_next_process() -> None:
+    subprocess.run([sys.executable, __file__], check=True, timeout=60)  # whose end needs no order
+
+
+def free_address() -> str:
+    with distributed.socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["stepping", "entered"])
 def test_nobody_is_left_behind(when: str) -> None:
-    with distributed.socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
+    address = free_address()
     service, draw = distributed.start_service(address, RANKS), random.Random(1)
     ranks = [Rank(own, address) for own in range(RANKS)]
     try:
@@ -148,5 +194,8 @@ def test_nobody_is_left_behind(when: str) -> None:
     assert service is not None
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:]:
     rank(int(sys.argv[1]), sys.argv[2])
+elif __name__ == "__main__":
+    meet()
+    os._exit(0)

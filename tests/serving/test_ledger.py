@@ -165,6 +165,19 @@ def test_what_another_life_had_begun_is_spread_in_the_same_way():
     assert [entry.place.rank for entry in begun if entry.place] == [1, 2, 2, 2]
 
 
+def test_a_rank_that_comes_takes_over_what_waits_elsewhere():
+    ledger = new_ledger(at_once=4, runs=2)
+    jobs = [ledger.accept(asked(str(i)))[0] for i in range(6)]
+    assert ledger.place({0: 1}) == jobs[:4] and ledger.relieve({0: 1}) == []
+    for job in (jobs[0], jobs[3]):
+        assert ledger.take(0, 1, told(job, 0)) is not None
+    again = [(Place(0, 1), job.number) for job in (jobs[2], jobs[1])]
+    assert ledger.relieve({0: 1, 1: 2}) == again and ledger.load(Place(0, 1)).jobs == 2
+    assert ledger.place({0: 1, 1: 2}) == [jobs[1], jobs[2], jobs[4], jobs[5]]
+    assert [job.place.rank for job in jobs if job.place] == [0, 1, 1, 0, 1, 0]  # two each at work, the others wait
+    assert ledger.relieve({0: 1, 1: 2}) == [] and ledger.counts.moved == 2
+
+
 def test_scores_begin_anew():
     ledger = new_ledger()
     score = ledger.score((1, 2, 3), 2)
@@ -254,7 +267,7 @@ class World:
 
     def __init__(self, salted: bool) -> None:
         self.salted, self.salt = salted, 0
-        self.ledger = Ledger(itertools.count().__next__, max_jobs=8, max_tokens=400)
+        self.ledger = Ledger(itertools.count().__next__, max_jobs=8, max_tokens=400, at_once=4, runs=2)
         self.incarnations: dict[int, int] = {}  # of the ranks that live, as the coordinator sees it
         self.engines: dict[Place, FakeEngine] = {}  # of the fenced ones, too
         self.commands: dict[Place, deque[Any]] = defaultdict(deque)
@@ -318,7 +331,9 @@ class World:
         assert is_new and self.ledger.accept(request) == (entry, False)
         self.entries[request.request_id], self.streams[request.request_id] = entry, []
 
-    def place(self, _):
+    def place(self, n):
+        for told in self.ledger.relieve(self.incarnations) if n % 2 else ():
+            self.tell_to_cancel(told)
         for job in self.ledger.place(self.incarnations):
             assert job.place is not None
             self.commands[job.place].append(job.command())
