@@ -35,6 +35,7 @@ from serving.protos import inference_pb2_grpc as rpc
 
 START = 600.0  # seconds; the first start of a configuration compiles
 _LOOK = 0.05  # seconds between two looks at the status
+_AGAIN = 0.1  # seconds from a broken connection to trying again
 _GRPC = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -374,7 +375,7 @@ class Traffic:
                         if not self._resume or e.code() not in _BROKEN:
                             raise
                         self.resumed += 1
-                        await asyncio.sleep(0.02)
+                        await asyncio.sleep(_AGAIN)
                         again = pb.ResumeRequest(request_id=request_id, offset=len(stream.tokens))
                         # Whether it was accepted is not known before its first token.
                         if stream.tokens:

@@ -74,6 +74,7 @@ async def main(args: argparse.Namespace) -> int:
                 "same_engines": same,
                 "epochs": after["epoch"] - before["epoch"],
                 "until_serving_s": {"median": sorted(away)[len(away) // 2], "most": max(away)},
+                "each_s": [round(seconds, 2) for seconds in away],
                 "longest_gap_s": traffic.longest_gap_after(0.0),
                 "details": tally.details,
             }

@@ -103,12 +103,7 @@ class Child:
     def describe(self, said: str | None = None) -> str:
         """What became of it, for an error message; `said` is what it said itself."""
         code = self.process.poll()
-        if code is None:
-            fate = "is stopped" if self.stopped else "is running"
-        elif code < 0:
-            fate = f"was ended by {_signal_name(-code)}"
-        else:
-            fate = f"ended with exit code {code}"
+        fate = fate_of(code) if code is not None else "is stopped" if self.stopped else "is running"
         text = f"{self.name}: process {self.pid} {fate}"
         if said is not None:
             text += f": {said}"
@@ -133,17 +128,14 @@ class Child:
         self._stat = -1
 
 
-class Orphan:
-    """A process whose parent has died, found by a socket to it. To its new owner it is like a Child without a log."""
+class Relative:
+    """A process that another one has started. To its owner it is like a Child without a log."""
 
-    def __init__(self, name: str, sock: socket.socket) -> None:
-        """Raises OSError if there is none, or it is another user's."""
-        self.name, self.channel = name, Channel(sock)
-        self.pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid != os.getuid():
-            raise PermissionError(f"{name}: process {self.pid} belongs to user {uid}, expected {os.getuid()}")
-        self._pidfd = os.pidfd_open(self.pid)
-        self._stat = os.open(f"/proc/{self.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, name: str, pid: int) -> None:
+        """Raises OSError if there is none."""
+        self.name, self.pid = name, pid
+        self._pidfd = os.pidfd_open(pid)
+        self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
 
     @property
     def ended(self) -> bool:
@@ -157,21 +149,40 @@ class Orphan:
         """For its end, at most so long."""
         select.select([self._pidfd], [], [], seconds)
 
-    def kill(self) -> None:
+    def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
 
     def describe(self, said: str | None = None) -> str:
         fate = "has ended" if self.ended else "is stopped" if self.stopped else "is running"
         return f"{self.name}: process {self.pid} {fate}" + ("" if said is None else f": {said}")
 
     def close(self) -> None:
-        """Let go of it. The process is not touched, but sees the socket end."""
-        self.channel.close()
+        """Let go of it. The process is not touched."""
         for fd in (self._pidfd, self._stat):
             if fd >= 0:
                 os.close(fd)
         self._pidfd = self._stat = -1
+
+
+class Orphan(Relative):
+    """One whose parent has died, found by a socket to it."""
+
+    def __init__(self, name: str, sock: socket.socket) -> None:
+        """Raises OSError if there is none, or it is another user's."""
+        self.channel = Channel(sock)
+        pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid != os.getuid():
+            raise PermissionError(f"{name}: process {pid} belongs to user {uid}, expected {os.getuid()}")
+        super().__init__(name, pid)
+
+    def close(self) -> None:
+        """It sees the socket end."""
+        self.channel.close()
+        super().close()
 
 
 def _state(stat: int) -> str:
@@ -207,6 +218,11 @@ def _open_log(log: Path | int | None) -> BinaryIO:
     file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
     fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
     return file  # type: ignore[return-value]
+
+
+def fate_of(code: int) -> str:
+    """In words, of a process with this exit code, which is below 0 where a signal ended it."""
+    return f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
 
 
 def _signal_name(number: int) -> str:

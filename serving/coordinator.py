@@ -110,6 +110,7 @@ class Coordinator:
             cluster.max_tokens,
             cluster.max_wait,
             self.metrics,
+            len(cluster.rules.hosts),
         )
         self._actions: deque[m.Action] = deque()
         self._acting = False

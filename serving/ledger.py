@@ -224,9 +224,10 @@ class Ledger:
         """Jobs without a place."""
         return len(self._waiting)
 
-    def ahead(self, owner: Owner, priority: int = 0) -> int:
-        """Of them, those that have their turn before a new one."""
-        return self._waiting.ahead(owner, priority)
+    def ahead(self, owner: Owner, priority: int = 0, places: int = 1) -> int:
+        """Of them, those that a new one has to wait for, because so many places have no room for all of them."""
+        room = places * self.at_once - len(self._placed)
+        return max(0, self._waiting.ahead(owner, priority) - max(0, room)) if self.at_once else 0
 
     def load(self, place: Place) -> Load:
         return self._loads.get(place, _IDLE)

@@ -63,11 +63,12 @@ class Router:
         max_tokens: int,
         max_wait: float,
         metrics: Metrics,
+        ranks: int,
     ) -> None:
         """Requests that the journal knows go on. send: frames to the engine of an incarnation, if there is one.
         failed: the journal cannot be written, and nobody may hear of anything any more. limits: of one rank.
         max_tokens: of all requests. max_wait: seconds that a request may have to wait for its turn, as far as can be
-        said when it comes."""
+        said when it comes. ranks: of a whole cluster."""
         self._journal, self._recoveries, self._send, self._failed = journal, recoveries, send, failed
         self.ledger = Ledger(
             lambda: int.from_bytes(os.urandom(8)),
@@ -82,7 +83,8 @@ class Router:
         self._metrics = metrics
         for entry in journal.unfinished:
             metrics.accepted(entry.key, time.monotonic())
-        self._max_wait, self._pace = max_wait, Pace()
+        self._max_wait, self._pace, self._ranks = max_wait, Pace(), ranks
+        self._pace.began(time.monotonic())
         self.ledger.restore(journal.unfinished)
         self.members: dict[int, int] = {}  # rank: incarnation of those that may be given work
         self.bell = 0
@@ -120,14 +122,19 @@ class Router:
         return entry
 
     def _check_wait(self, owner: Owner, priority: int) -> None:
-        wait = self._pace.wait(self.ledger.ahead(owner, priority))
+        wait = self._pace.wait(self._ahead(owner, priority))
         if wait > self._max_wait:
             self.ledger.counts.refused += 1
             raise QueueFull(f"queue: found {wait:.1f} s to wait, expected at most {self._max_wait:g}: try again later")
 
     def retry_after(self, owner: Owner) -> float:
         """Seconds until what waits now will have had its turn, if all goes on as it did."""
-        return min(max(self._pace.wait(self.ledger.ahead(owner) + 1), 0.1), 60.0)
+        return min(max(self._pace.wait(self._ahead(owner) + 1), 0.1), 60.0)
+
+    def _ahead(self, owner: Owner, priority: int = 0) -> int:
+        """How many a new request has to wait for. While nobody may be given work, as if all soon might: what was placed
+        before waits for its place then."""
+        return self.ledger.ahead(owner, priority, len(self.members) or self._ranks)
 
     def finish(self, entry: Entry) -> None:
         """Its text is complete, by a stop string of which the engine does not know."""

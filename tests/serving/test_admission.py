@@ -124,6 +124,19 @@ def test_ranks_get_no_more_than_they_can_use_and_turns_are_fair():
     assert set(ledger.place({0: 2, 1: 1})) == set(moved)  # before those that have never had a place
 
 
+def test_nobody_is_ahead_where_there_is_room():
+    """As after a takeover, when all requests wait for their places to be known."""
+    ledger = Ledger(lambda: 0, at_once=4)
+    for i in range(10):
+        ledger.accept(asked(f"f{i}"), OWNERS[0])
+    new = OWNERS[0]
+    assert [ledger.ahead(new, 0, places) for places in (1, 2, 3)] == [6, 2, 0]
+    ledger.place({0: 1})
+    assert [ledger.ahead(new, 0, places) for places in (1, 2, 3)] == [6, 2, 0]
+    ledger.place({0: 1, 1: 1, 2: 1})
+    assert ledger.waiting == ledger.ahead(new, 0, 3) == 0
+
+
 def test_bounds_of_an_owner():
     ledger = Ledger(lambda: 0)
     owner = Owner("small", max_requests=2, max_tokens=10)

@@ -1,4 +1,4 @@
-"""`moe-jax serve --journal DIR`: who dies, stands still or does not start, and who stands by. No workers."""
+"""`moe-jax serve --journal DIR`: who dies, stands still or does not start, and who takes its place. No workers."""
 
 from __future__ import annotations
 
@@ -51,35 +51,47 @@ async def lives(address: str) -> None:
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def standing_by(kept: Keeper) -> int:
-    """The process id of what stands by."""
-    await until(lambda: kept._next is not None)
-    assert kept._next is not None
-    return kept._next.child.pid
+async def another(kept: Keeper, before: int | None) -> int:
+    """The process id of the next coordinator."""
+    await until(lambda: kept._process is not None and kept._process.pid not in (None, before))
+    assert kept._process is not None and kept._process.pid is not None
+    return kept._process.pid
 
 
-def test_who_stands_by_takes_the_place(tmp_path, monkeypatch):
-    """At the same address, as often as it takes. One that stands by and ends, or stands still, is in nobody's way."""
-    monkeypatch.setattr(keeper, "_STAND_BY", 0.0)
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_another_one_takes_the_place(tmp_path, monkeypatch, caplog):
+    """At the same address, as often as it takes; whatever it is a fork of may end or stand still, now or before."""
+    monkeypatch.setattr(keeper, "_STOPPED", 1.0)
 
     async def scenario(kept: Keeper) -> None:
         await until(lambda: kept._listened)
-        address = kept._options.address
+        address, serves = kept._options.address, await another(kept, None)
         await lives(address)
-        for fate in (None, signal.SIGKILL, signal.SIGSTOP):
-            assert kept._process is not None
-            serves, next_ = kept._process.child.pid, await standing_by(kept)
-            if fate is not None:
-                os.kill(next_, fate)
-            if fate is signal.SIGKILL:
-                await until(lambda: kept._next is None)
-            os.kill(serves, signal.SIGKILL)
-            await until(lambda: kept._process is not None and kept._process.child.pid != serves)  # noqa: B023
-            assert (kept._process.child.pid == next_) == (fate is None)
+        for forks, coordinator in (
+            (None, signal.SIGKILL),
+            (None, signal.SIGSTOP),
+            (signal.SIGSTOP, signal.SIGKILL),
+            (signal.SIGKILL, None),
+            (None, signal.SIGKILL),
+        ):
+            assert kept._forks is not None
+            before, loaded = serves, kept._forks.pid
+            if forks is not None:
+                os.kill(loaded, forks)
+            if coordinator is not None:
+                os.kill(serves, coordinator)
+                serves = await another(kept, before)
+            else:
+                await until(lambda: kept._forks is not None and kept._forks.pid != loaded)  # noqa: B023
+            assert kept._forks is not None and (kept._forks.pid == loaded) == (forks is None)
             await lives(address)
-            assert kept._options.address == address
+            assert kept._options.address == address and (coordinator is None or parent(serves) == kept._forks.pid)
 
     run(options(tmp_path / "journal"), scenario)
+    assert caplog.text.count("was ended by SIGKILL: another one is started") == 2
 
 
 def test_what_is_wrong_at_the_start_stays_so(tmp_path):

@@ -78,10 +78,11 @@ def refused(code: grpc.StatusCode, text: str = "") -> Iterator[None]:
 
 
 def channel(running: Running, tls: Tls | None, key: str | None = None) -> grpc.Channel:
+    own = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
     plain = (
-        grpc.insecure_channel(running.address)
+        grpc.insecure_channel(running.address, own)
         if tls is None
-        else grpc.secure_channel(running.address, tls.channel_credentials())
+        else grpc.secure_channel(running.address, tls.channel_credentials(), own)
     )
     return plain if key is None else grpc.intercept_channel(plain, with_key(key))
 
