@@ -416,7 +416,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             batches, [line["tokens_per_s"] / line["roofline"] for line in ours["decode"]], "k--", label="roofline"
         )
         axes.plot(batches, rates, "o-", label=f"moe-jax, {ours['kernels']}")
-        for line, rate in zip(ours["decode"], rates, strict=True):
+        for line, rate in zip(lines, rates, strict=True):
             axes.annotate(f"{line['roofline']:.0%}", (line["batch"], rate), (6, -12), textcoords="offset points")
     peer = [(line["batch"], line["batch"] / line["step"]) for line in results.get("transformers", []) if "step" in line]
     if peer:

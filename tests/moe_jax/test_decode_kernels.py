@@ -157,8 +157,8 @@ def test_what_top_k_and_top_p_leave() -> None:
 def test_sampling_lowers_for_a_gpu() -> None:
     n, vocab = 4, 151936
     spec = jax.ShapeDtypeStruct
-    p = SampleParams(*(spec((n,), t) for t in (jnp.float32, jnp.float32, jnp.int32)), spec((n, 2), jnp.uint32),
-                     spec((n,), jnp.int32))  # fmt: skip
+    f32, i32 = spec((n,), jnp.float32), spec((n,), jnp.int32)
+    p: Any = SampleParams(f32, f32, i32, spec((n, 2), jnp.uint32), i32)  # pyright: ignore[reportArgumentType]
     device = getattr(jax.sharding, "AbstractDevice")("NVIDIA H200", 132, "gpu")  # noqa: B009  not in jax 0.10
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)  # type: ignore[call-arg]
     with jax.sharding.use_abstract_mesh(mesh):
