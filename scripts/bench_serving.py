@@ -410,11 +410,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for ours in results["ours"]:
-        batches = [line["batch"] for line in ours["decode"]]
-        rates = [line["tokens_per_s"] for line in ours["decode"]]
-        axes.plot(
-            batches, [line["tokens_per_s"] / line["roofline"] for line in ours["decode"]], "k--", label="roofline"
-        )
+        lines = sorted(ours["decode"], key=lambda line: line["batch"])
+        batches, rates = [line["batch"] for line in lines], [line["tokens_per_s"] for line in lines]
+        most = [rate / line["roofline"] for rate, line in zip(rates, lines, strict=True)]
+        axes.plot(batches, most, "k--", label="roofline")
         axes.plot(batches, rates, "o-", label=f"moe-jax, {ours['kernels']}")
         for line, rate in zip(lines, rates, strict=True):
             axes.annotate(f"{line['roofline']:.0%}", (line["batch"], rate), (6, -12), textcoords="offset points")
