@@ -233,6 +233,7 @@ def put_global(
 
 _RINGS = 30  # NCCL's threads have room for some dozens of connections
 _RING_EVERY = 2  # attempts: communicators end one after the other, each when it is rung
+_HANG_UP = 100  # attempts; XLA's abort takes up to 0.9 s where processes share a GPU
 _SO_ATTACH_FILTER = 26  # Linux; not in Python's socket module
 _GENTLE = 10  # attempts at a cut that leave what is written alone
 _ROOM = 1 << 20  # bytes that may be on their way to a peer
@@ -272,7 +273,7 @@ def shield_collectives(service_address: str) -> None:
     """
     if jax.default_backend() != "cpu":
         return
-    for s in _gloo_sockets(service_address):
+    for s in _peers(service_address):
         with contextlib.suppress(OSError):
             s.setsockopt(
                 socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_FILTER), ctypes.addressof(_NO_GOODBYE))
@@ -288,14 +289,21 @@ def cut_collectives(service_address: str, attempt: int = 0, spared: Collection[s
     TCP sockets but the one to the JAX service are shut down; first for reading only, see `shield_collectives`. NCCL is
     aborted by XLA, which joins NCCL's service threads: these sleep up to 0.5 s on a listening TCP socket and an
     abstract Unix one, so both are rung. `spared` are sockets, as `open_sockets` names them, of NCCL's other
-    communicators: one that is rung and not aborted hangs later.
+    communicators: one that is rung and not aborted hangs later. What XLA cannot abort is a communicator that is being
+    made: NCCL waits in it for a lost rank to connect (seen with 0.11.2). So if it takes longer than an abort ever does,
+    NCCL's connections end, which ends that wait with an error.
     """
     if jax.default_backend() == "cpu":
-        for s in _gloo_sockets(service_address):
+        for s in _peers(service_address):
             with contextlib.suppress(OSError):
                 s.shutdown(socket.SHUT_RD if attempt < _GENTLE else socket.SHUT_RDWR)
-    elif attempt % _RING_EVERY == 0 and attempt < _RINGS * _RING_EVERY:
-        _wake_nccl(spared)
+    elif attempt < _RINGS * _RING_EVERY:
+        if attempt % _RING_EVERY == 0:
+            _wake_nccl(spared)
+    elif attempt >= _HANG_UP:
+        for s in _peers(service_address, spared, listening=True):
+            with contextlib.suppress(OSError):
+                s.shutdown(socket.SHUT_RDWR)
 
 
 def end_connecting(client: Any, devices: Sequence[jax.Device]) -> bool:
@@ -341,13 +349,17 @@ def _gloo_keys(devices: Sequence[jax.Device]) -> str:
     return f"cpu:gloo/{','.join(str(d.id) for d in devices)}/"
 
 
-def _gloo_sockets(service_address: str) -> Iterator[socket.socket]:
-    """Those with a peer, but for the one to the JAX service."""
+def _peers(service_address: str, spared: Collection[str] = (), listening: bool = False) -> Iterator[socket.socket]:
+    """TCP sockets with a peer but these and the one to the JAX service, and those that wait for one if asked for."""
     port = int(re.sub(r".*:", "", service_address))
-    for s in _sockets():
+    for s in _sockets(spared):
         with contextlib.suppress(OSError):
-            is_tcp = s.type == socket.SOCK_STREAM and s.family in (socket.AF_INET, socket.AF_INET6)
-            if is_tcp and s.getpeername()[1] != port:
+            if s.type != socket.SOCK_STREAM or s.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            if s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                if listening:
+                    yield s
+            elif s.getpeername()[1] != port:
                 yield s
 
 
