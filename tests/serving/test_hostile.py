@@ -325,7 +325,9 @@ def test_any_message(served, method, data):
     judge(served, method, data.draw(messages(TYPES[method])).SerializeToString())
 
 
-NEGATIVE = st.one_of(st.floats(max_value=0, exclude_max=True, width=32).filter(bool), st.sampled_from([math.nan, math.inf, -math.inf]))
+NEGATIVE = st.one_of(
+    st.floats(max_value=0, exclude_max=True, width=32).filter(bool), st.sampled_from([math.nan, math.inf, -math.inf])
+)
 WRONG = st.one_of(
     st.tuples(st.just("temperature"), NEGATIVE),
     st.tuples(st.just("top_p"), st.one_of(NEGATIVE, st.floats(1.0, exclude_min=True, width=32), st.just(0.0))),
