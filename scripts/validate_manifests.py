@@ -3,9 +3,9 @@
     python3 -m venv .venv-k8s && .venv-k8s/bin/pip install kubernetes-validate
     .venv-k8s/bin/python scripts/validate_manifests.py --crd jobsets.yaml leaderworkersets.yaml podmonitors.yaml
 
-kubernetes-validate brings the schemas of what Kubernetes itself knows. Those of other kinds are in the definitions that
-their projects publish (kind CustomResourceDefinition: --crd). Fields that no schema has are errors, too. Prints one line
-a document; exit code 1 when one is wrong, or of a kind that has no schema here.
+kubernetes-validate brings the schemas of what Kubernetes itself knows. Those of other kinds are in the definitions
+that their projects publish (kind CustomResourceDefinition: --crd). Fields that no schema has are errors, too. Prints
+one line a document; exit code 1 when one is wrong, or of a kind that has no schema here.
 """
 
 from __future__ import annotations
