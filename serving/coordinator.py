@@ -46,6 +46,7 @@ from serving.worker_stream import ClusterService, WorkerStream
 log = logging.getLogger(__name__)
 
 _NOBODY = Owner()
+_PENDING = 1 << 16
 MAX_REQUEST = 4 << 20  # bytes of a message to this server: a prompt of a million tokens
 SERVER_OPTIONS = (
     *KEEPALIVE,
@@ -54,6 +55,10 @@ SERVER_OPTIONS = (
     ("grpc.max_metadata_size", 16 << 10),
     ("grpc.http2.min_time_between_pings_ms", 5_000),
     ("grpc.so_reuseport", 0),
+    # Calls that have come and are not yet begun. What is more gRPC ends with CANCELLED, at random: what is too much is
+    # for the services to say, with the status that it should have.
+    ("grpc.server.max_pending_requests", _PENDING),
+    ("grpc.server.max_pending_requests_hard_limit", _PENDING),
 )
 _TICK = 0.2  # seconds, unless something is due before
 _STOOD_STILL = 0.5  # seconds between two ticks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
@@ -16,10 +17,12 @@ import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
 
 from serving.access import Key, digest, with_key
+from serving.coordinator import SERVER_OPTIONS
 from serving.protos import inference_pb2 as pb
 from serving.protos import inference_pb2_grpc as rpc
 from tests.serving.clusters import fake_cluster
@@ -176,6 +179,25 @@ def test_rebalance(served):
     again = served.admin.Rebalance(pb.RebalanceRequest(), timeout=20)
     assert (again.slots, again.epoch) == (0, moved.epoch)
     assert list(call)[-1].usage.completion_tokens == 800
+
+
+def test_thousands_of_calls_at_once():
+    """gRPC itself would end some of them with CANCELLED before anybody here has seen them."""
+
+    async def burst(count: int) -> None:
+        server, health = grpc.aio.server(options=SERVER_OPTIONS), HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        async with grpc.aio.insecure_channel(address) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch
+            calls = [watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(count)]
+            await asyncio.gather(*(call.read() for call in calls))  # type: ignore[attr-defined]
+            for call in calls:
+                call.cancel()
+        await server.stop(None)
+
+    asyncio.run(burst(3000))
 
 
 def test_overload():
