@@ -14,11 +14,10 @@ from moe_jax.placement.board import (
     replicas,
     shares_of,
     slot_load,
-    unevenness,
     whole,
 )
 
-_LAYERS_TRIED, _HOSTS_TRIED = 4, 64  # to choose a width; layers are alike
+_LAYERS_TRIED, _HOSTS_TRIED = 8, 64  # to choose a width; layers are alike
 _ROUNDS = 32  # of rebalancing: at most so many replicas more in a layer
 _LESS = 0.01  # of the mean load, that the most loaded rank must lose for more moves to be worth it
 
@@ -78,14 +77,14 @@ def choose_scatter(
     slots: int,
     replication: int,
     load: np.ndarray | None = None,
-    uneven: float = 0.01,
+    uneven: float = 0.0075,
     after_loss: float = 0.25,
 ) -> int | None:
     """The narrowest scatter that `plan` need not pay for with its balance: what else survives is the most that can.
 
     The narrower, the fewer sets of `replication` hosts share an expert, and the fewer losses beyond the promise are
     fatal. Allowed is at most `uneven` more imbalance than with None, and `after_loss` more once any one host is lost,
-    in the mean (0.01: one percent). load [layers, experts], of which a few layers are looked at; None: equal.
+    in the mean (0.01: one percent). load [layers, experts], of which eight layers are looked at; None: equal.
     Returns None, all hosts, where nothing narrower is allowed, and beyond 64 hosts, where trying takes too long.
     Raises as `plan`.
     """
@@ -93,7 +92,7 @@ def choose_scatter(
     number = len(capacity)
     if replication < 2 or not replication < number <= _HOSTS_TRIED:
         return None
-    layers = 1 if load is None else min(len(load), _LAYERS_TRIED)
+    layers = _LAYERS_TRIED if load is None else min(len(load), _LAYERS_TRIED)
     _check_promise(layers, num_experts, capacity, slots, replication)
     # All widths at once, each as so many layers more.
     widths = [None, *(replication - 1 << i for i in range(8) if replication - 1 << i < number // 2)]
