@@ -56,7 +56,7 @@ def plan(
 def _place(
     shares: np.ndarray, host: np.ndarray, slots: int, replication: int, cells: np.ndarray, quota: np.ndarray
 ) -> np.ndarray:
-    """A placement [layers, ranks, slots]. cells [layers, hosts], quota [layers, cells]: as of `_cells`, each layer's."""
+    """A placement [layers, ranks, slots]. cells [layers, hosts] and quota [layers, cells]: as `_cells`, of each."""
     count = count_replicas(shares, len(host) * slots, replication, len(host))
     placed, kept = _deal(shares, count, cells, quota, host, slots, replication)
     if not kept.all():  # replicas beyond the promise took the room of promised ones: hosts differ in size, or cells
