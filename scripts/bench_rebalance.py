@@ -76,9 +76,11 @@ def write_model(layers: int, directory: Path) -> str:
     return str(directory)
 
 
-async def measure(shape: Shape, directory: Path, streams: int, seconds: float, seed: int) -> dict[str, Any]:
+async def measure(
+    shape: Shape, directory: Path, streams: int, tokens: int, seconds: float, seed: int
+) -> dict[str, Any]:
     """One cluster, one move."""
-    jobs = make_jobs(streams, seed, 900, 1000)
+    jobs = make_jobs(streams, seed, tokens, tokens)
     expected = await asyncio.to_thread(expected_outputs, jobs, shape)
     async with Cluster(shape, directory) as cluster:
         await cluster.until(lambda s: is_whole(s) and s["survivable_without_compiling"] > 0, START, "a start")
@@ -127,7 +129,9 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
     rounds = []
     for i in range(args.rounds):
         say(f"round {i + 1}: {shape}")
-        rounds.append(await measure(shape, directory / str(i), args.streams, args.seconds, args.seed + 100 * i))
+        rounds.append(
+            await measure(shape, directory / str(i), args.streams, args.tokens, args.seconds, args.seed + 100 * i)
+        )
     return {**machine(), "hosts": args.hosts, "rounds": rounds, "clean": all(r["clean"] for r in rounds)}
 
 
@@ -156,6 +160,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="of a model of random weights (default: the demo)")
     parser.add_argument("--slots", type=int, help="of a layer and rank (default: the fewest that keep two replicas)")
     parser.add_argument("--streams", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=900, help="of each stream: more than there is time for")
     parser.add_argument("--max-batch", type=int, help="of a rank")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="undisturbed ones, before the move and after it")

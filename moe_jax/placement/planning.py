@@ -107,9 +107,7 @@ def choose_scatter(
     return widths[int(good.argmax())]
 
 
-def _unevenness_after_losses(
-    placed: np.ndarray, shares: np.ndarray, host: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _unevenness_after_losses(placed: np.ndarray, shares: np.ndarray, host: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The most loaded rank's load over the mean rank's, and the mean of that over the losses of each host [layers]."""
     board = Board.of(placed, host, shares.shape[1])
     held = np.insert(board.held[..., :-1], 0, 0, axis=1)  # by the lost host; the first stands for none
