@@ -143,26 +143,36 @@ def compare(times: Times, horizon: float, floor: float, seeds: int, sizes: tuple
 
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Goodput, and beside it on a logarithmic axis what is lost of it."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, PercentFormatter
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(11, 4.8), layout="constrained", dpi=150)
+    goodput, lost = figure.subplots(1, 2)
     for name, label in (
         ("elastic", "elastic"),
         ("restart", "restart at each loss"),
         ("restart_eager", "restart at each loss and return"),
     ):
         ranks = [row["ranks"] for row in rows]
-        goodput = [row[name]["goodput"] for row in rows]
-        axes.errorbar(ranks, goodput, [2 * row[name]["error"] for row in rows], marker="o", capsize=3, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks([row["ranks"] for row in rows], [str(row["ranks"]) for row in rows])
-    axes.set_xlabel("ranks, each its own host")
-    axes.set_ylabel("goodput, of that without failures")
-    axes.set_ylim(top=1.005)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    axes.set_title(title, fontsize="small")
+        share = np.array([row[name]["goodput"] for row in rows])
+        error = 2 * np.array([row[name]["error"] for row in rows])
+        style: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.2, "capsize": 3}
+        goodput.errorbar(ranks, share, error, label=label, **style)
+        below = np.minimum(error, 0.99 * (1 - share))  # a logarithmic axis has no zero
+        lost.errorbar(ranks, 1 - share, [below, error], **style)
+    goodput.set_title("goodput, of that without failures (bars: two standard errors)", fontsize="medium")
+    lost.set_title("what is lost of it", fontsize="medium")
+    lost.set_yscale("log")
+    for axes in (goodput, lost):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks([row["ranks"] for row in rows], [str(row["ranks"]) for row in rows])
+        axes.set_xlabel("ranks, each its own host")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.grid(alpha=0.3, which="both")
+    goodput.legend(loc="lower left")
+    figure.suptitle(title, fontsize="medium")
     figure.savefig(path)
 
 
@@ -189,7 +199,13 @@ def main() -> None:
     )
     rows = compare(times, args.days * 86400, args.floor, args.seeds)
     if args.plot is not None:
-        plot(rows, f"a host fails every {args.mtbf_hours:g} h, is back after {args.repair_hours:g} h", args.plot)
+        plot(
+            rows,
+            f"a host fails every {args.mtbf_hours:g} h and is back after {args.repair_hours:g} h; elastic: "
+            f"{times.pause:g} s without a token at a loss, {times.rejoin:g} s at a return;\n"
+            f"restart: {times.detect:g} s until it is begun, {times.restart:g} s until all serve again",
+            args.plot,
+        )
     if args.json:
         print(json.dumps({"times": asdict(times), "days": args.days, "rows": rows}))
         return

@@ -75,6 +75,7 @@ class Setup:
     hosts: list[str]  # of each rank
     racks: list[str] | None
     load: np.ndarray | None  # None: equal
+    load_name: str
     losses: list[int]  # hosts
 
     @staticmethod
@@ -111,7 +112,7 @@ class Setup:
         if unknown := sorted(set(args.lost) - set(hosts)):
             raise ValueError(f"--lost: found {' '.join(unknown)}, expected some of host0 to host{args.hosts - 1}")
         slots = args.slots or -(-experts * args.replication // ranks)
-        return Setup(layers, experts, size, slots, args.replication, hosts, racks, load, sorted(set(losses)))
+        return Setup(layers, experts, size, slots, args.replication, hosts, racks, load, args.load, sorted(set(losses)))
 
     @property
     def rank_bytes(self) -> int:
@@ -370,33 +371,36 @@ def _plot(setup: Setup, plans: Sequence[Planned], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot: matplotlib is not installed; pip install 'moe-jax[plot]'") from None
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4.5), layout="constrained", dpi=150)
     chance, uneven, loaded = figure.subplots(1, 3)
-    for plan in plans:
+    for i, plan in enumerate(plans):
         losses = plan.report.losses
-        lost = [loss.lost for loss in losses]
-        chance.errorbar(
-            lost, [x.fatal[0] for x in losses], [2 * x.fatal[1] for x in losses], marker="o", capsize=3, label=plan.name
-        )
-        finite = [x for x in losses if math.isfinite(x.imbalance)]
-        low = [x.worst_imbalance - x.imbalance for x in finite]
-        uneven.errorbar(
-            [x.lost for x in finite], [x.imbalance for x in finite], [[0] * len(low), low], marker="o", capsize=3
-        )
+        beside = 0.09 * (i - (len(plans) - 1) / 2)  # so that no plan hides another
+        at = [j + beside for j in range(len(losses))]
+        bars: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.2, "capsize": 3, "color": f"C{i}"}
+        fatal = [100 * x.fatal[0] for x in losses]
+        chance.errorbar(at, fatal, [200 * x.fatal[1] for x in losses], label=plan.name, **bars)
+        finite = [(j, x) for j, x in zip(at, losses, strict=True) if math.isfinite(x.worst_imbalance)]
+        above = [x.worst_imbalance - x.imbalance for _, x in finite]
+        mean = [x.imbalance for _, x in finite]
+        uneven.errorbar([j for j, _ in finite], mean, [[0] * len(above), above], **bars)
         size = setup.expert_bytes / 1e9
-        loaded.plot(lost, [x.loaded * size for x in losses], marker="o")
-        loaded.plot(lost, [x.worst_loaded * size for x in losses], linestyle=":", color=loaded.lines[-1].get_color())
-    chance.set_ylabel("chance that an expert is lost")
-    uneven.set_ylabel("most loaded rank / mean")
-    loaded.set_ylabel("GB to load before serving goes on")
+        above = [(x.worst_loaded - x.loaded) * size for x in losses]
+        loaded.errorbar(at, [x.loaded * size for x in losses], [[0] * len(above), above], **bars)
+    chance.set_title("Some expert is lost: chance, %", fontsize="medium")
+    uneven.set_title("Imbalance: most loaded rank / mean", fontsize="medium")
+    loaded.set_title("To load before serving goes on, GB", fontsize="medium")
     for axes in (chance, uneven, loaded):
-        axes.set_xlabel("hosts lost")
+        lost = [loss.lost for loss in plans[0].report.losses]
+        axes.set_xticks(range(len(lost)), [str(k) for k in lost])
         axes.grid(alpha=0.3)
+    chance.set_xlabel("hosts lost (bars: two standard errors)")
+    uneven.set_xlabel("hosts lost (mean; bars up to the worst tried)")
+    loaded.set_xlabel("hosts lost (mean; bars up to the worst tried)")
     chance.legend()
-    uneven.set_title("mean, bars up to the worst", fontsize="small")
-    loaded.set_title("mean, dotted: worst", fontsize="small")
+    loads = "equal load" if setup.load is None else f"load {setup.load_name}"
     figure.suptitle(
-        f"{setup.layers} layers × {setup.experts} experts, {len(setup.hosts)} ranks × {setup.slots} slots, "
-        f"replication {setup.replication}"
+        f"{setup.layers} layers × {setup.experts} experts in {len(setup.hosts)} ranks × {setup.slots} slots on "
+        f"{len(set(setup.hosts))} hosts, replication {setup.replication}, {loads}"
     )
     figure.savefig(path)
