@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from _cluster import START, Cluster, Shape, Traffic, expected_outputs, is_whole, machine, make_jobs
+from _cluster import START, Cluster, Job, Output, Shape, Traffic, expected_outputs, is_whole, machine, make_jobs
 from _cluster import run as in_loop
 from rich.console import Console
 from rich.table import Table
@@ -77,14 +77,12 @@ def write_model(layers: int, directory: Path) -> str:
 
 
 async def measure(
-    shape: Shape, directory: Path, streams: int, tokens: int, seconds: float, seed: int
+    shape: Shape, directory: Path, jobs: list[Job], expected: dict[Job, Output], seconds: float
 ) -> dict[str, Any]:
     """One cluster, one move."""
-    jobs = make_jobs(streams, seed, tokens, tokens)
-    expected = await asyncio.to_thread(expected_outputs, jobs, shape)
     async with Cluster(shape, directory) as cluster:
         await cluster.until(lambda s: is_whole(s) and s["survivable_without_compiling"] > 0, START, "a start")
-        traffic = Traffic(cluster.address, jobs, expected, streams, HANG, once=True)
+        traffic = Traffic(cluster.address, jobs, expected, len(jobs), HANG, once=True)
         traffic.start()
         await asyncio.sleep(SETTLE)
         first = time.monotonic()
@@ -126,12 +124,12 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
     shape = Shape(args.hosts, slots=args.slots, max_batch=args.max_batch)
     if args.layers is not None:
         shape = replace(shape, model=write_model(args.layers, directory / "model"), load_format="dummy")
-    rounds = []
+    rounds, jobs = [], make_jobs(args.streams, args.seed, args.tokens, args.tokens)
+    say("what the requests give on one host, and programs")
+    expected = await asyncio.to_thread(expected_outputs, jobs, shape)
     for i in range(args.rounds):
         say(f"round {i + 1}: {shape}")
-        rounds.append(
-            await measure(shape, directory / str(i), args.streams, args.tokens, args.seconds, args.seed + 100 * i)
-        )
+        rounds.append(await measure(shape, directory / str(i), jobs, expected, args.seconds))
     return {**machine(), "hosts": args.hosts, "rounds": rounds, "clean": all(r["clean"] for r in rounds)}
 
 

@@ -1,6 +1,7 @@
 """Goodput of a cluster whose hosts fail: elastic, against one that restarts as a whole. A discrete-event simulation.
 
     python scripts/simulate.py [--mtbf-hours 500 --repair-hours 2 --days 30] [--plot goodput.png] [--json]
+    python scripts/bench_recovery.py --hosts 4 --json > measured; python scripts/simulate.py --measured measured
 
 Every host fails at random (exponential times), and comes back after a repair (exponential, too). Times in seconds:
 
@@ -11,9 +12,11 @@ Every host fails at random (exponential times), and comes back after a repair (e
     restart   a loss stops all: --detect until it is noticed and --restart until everything serves again, on the hosts
               that are left; a return is taken in by a restart at once (--eager) or at the next loss.
 
-Goodput is the share of the tokens that all hosts would have served without any failure. The defaults of pause, rejoin
-and restart are this project's measured ones (README, demo model on CPUs) with the restart that others report for a
-large model: 150 s (peers measured 2 to 3 minutes on 32 GPUs). Throughput is taken as proportional to live hosts.
+Goodput is the share of the tokens that all hosts would have served without any failure. Pause and rejoin are measured
+ones: by default the README's medians (demo model, 4 hosts on 2 cores), with --measured those of any run of
+bench_recovery.py, and then restart is that run's, too. Its default is what others report for a large model: 150 s (2
+to 3 minutes on 32 GPUs). --detect, --replay and --reload are assumptions. Throughput is taken as proportional to live
+hosts.
 """
 
 from __future__ import annotations
@@ -142,6 +145,22 @@ def compare(times: Times, horizon: float, floor: float, seeds: int, sizes: tuple
     return rows
 
 
+def measured(path: Path) -> dict[str, float]:
+    """Seconds of pause, rejoin and restart, from the last line of what bench_recovery.py --json printed.
+
+    Raises ValueError when it is something else.
+    """
+    try:
+        found = json.loads(path.read_text().splitlines()[-1])
+        return {
+            "pause": found["pause_ms"]["median"] / 1e3,
+            "rejoin": found["rejoin_ms"]["median"] / 1e3,
+            "restart": found["restart_ms"] / 1e3,
+        }
+    except (ValueError, LookupError, TypeError) as e:
+        raise ValueError(f"{path}: expected what bench_recovery.py --json printed: {e!r}") from None
+
+
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Goodput, and beside it on a logarithmic axis what is lost of it."""
     from matplotlib.figure import Figure
@@ -180,8 +199,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mtbf-hours", type=float, default=2000.0, help="of one host")
     parser.add_argument("--repair-hours", type=float, default=1.0, help="until a failed host is back")
-    parser.add_argument("--pause", type=float, default=0.44, help="seconds without a token, at a loss")
-    parser.add_argument("--rejoin", type=float, default=0.22, help="seconds without a token, at a return")
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds without a token, at a loss")
+    parser.add_argument("--rejoin", type=float, default=0.26, help="seconds without a token, at a return")
     parser.add_argument("--replay", type=float, default=5.0, help="seconds of one host's work that its loss costs")
     parser.add_argument("--reload", type=float, default=10.0, help="seconds to load experts from a checkpoint")
     parser.add_argument("--detect", type=float, default=10.0, help="seconds until a restart is begun")
@@ -191,7 +210,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (needs the extra moe-jax[plot])")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="pause, rejoin and restart: what bench_recovery.py --json printed"
+    )
     args = parser.parse_args()
+    if args.measured is not None:
+        try:
+            vars(args).update(measured(args.measured))
+        except (OSError, ValueError) as e:
+            parser.error(f"--measured: {e}")
     times = Times(
         args.mtbf_hours * 3600,
         args.repair_hours * 3600,
