@@ -97,6 +97,8 @@ async def measure(
         status = await cluster.status()
         await traffic.stop()
     switches = [s for s in status["switches"] if s["cause"] == "rebalance"]
+    if running < len(jobs):
+        raise RuntimeError(f"streams: found {running} at the end, expected all {len(jobs)}: give them more --tokens")
     before, during, after = (traffic.gaps(*w) for w in ((first, began), (began, ended), (ended, last)))
     step, stretch = spread(before)["median"], max(ended - began, 0.5)
     undisturbed = longest_by_stretch(before, first, began, stretch) + longest_by_stretch(after, ended, last, stretch)

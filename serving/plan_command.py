@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from moe_jax.placement import Changes, Report
 
+_MOST_PRIMARIES = 5_000_000  # in the tables of --survivors
 DEEPSEEK_V3 = 3 * 7168 * 2048  # bytes of an expert's weights in float8, as published
 
 
@@ -57,6 +59,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lose", type=int, nargs="+", metavar="K", help="lost hosts (default: 1 2 4 8 … below all)")
     group.add_argument(
         "--lost", nargs="+", default=[], metavar="HOST", help="what moves when these are lost and return"
+    )
+    group.add_argument(
+        "--survivors", type=int, default=0, metavar="K", help="in --json: what serves after every loss of up to K hosts"
     )
     group.add_argument("--before", type=Path, metavar="FILE", help="an earlier plan's JSON: keep it where load allows")
     group.add_argument("--within", type=float, default=1.2, metavar="X", help="imbalance that --before may keep")
@@ -158,6 +163,8 @@ def run(args: argparse.Namespace) -> int:
     def plan(scatter: int | None) -> np.ndarray:
         return placement.plan(*shape, setup.slots, setup.replication, setup.load, scatter)
 
+    if args.survivors and not args.json:
+        raise ValueError("--survivors: found no --json, expected it: tables of all losses are nothing to read")
     begun = time.perf_counter()
     widths: list[int | None] = list(args.scatter or [])
     if not widths and before is None:
@@ -197,7 +204,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         _plot(setup, plans, args.plot)
     if args.json:
-        print(json.dumps(_as_json(setup, plans, changes)))
+        tables = {"survivors": _survivors(setup, slots, args.survivors)} if args.survivors else {}
+        print(json.dumps(_as_json(setup, plans, changes) | tables))
     else:
         chosen = None if before is not None or args.scatter else choosing
         _print(setup, plans, changes, args.lost, chosen)
@@ -250,6 +258,39 @@ def _as_json(setup: Setup, plans: Sequence[Planned], changes: Changes | None) ->
         }
     beside = {plan.name.replace(" ", "_").lower(): _figures(setup, plan) for plan in plans[1:]}
     return found | beside
+
+
+def _survivors(setup: Setup, slots: np.ndarray, most: int) -> list[dict[str, Any]]:
+    """For every set of up to `most` hosts that may be lost: what is loaded then, [layer, rank, slot, expert], before
+    serving goes on, and the primaries, as of the whole; both None where too few slots are left.
+
+    Raises ValueError when that is too much to print.
+    """
+    import numpy as np
+
+    from moe_jax.placement import primaries, repair
+
+    hosts = np.array(setup.hosts)
+    names = list(dict.fromkeys(setup.hosts))
+    sets = [lost for k in range(1, most + 1) for lost in combinations(names, k)]
+    size = len(sets) * setup.layers * setup.experts
+    if not 0 < most < len(names) or size > _MOST_PRIMARIES:
+        raise ValueError(
+            f"--survivors: found {most}, {size} primaries in {len(sets)} tables, expected 1 to {len(names) - 1} hosts "
+            f"and at most {_MOST_PRIMARIES} primaries"
+        )
+    found = []
+    for lost in sets:
+        live = np.flatnonzero(~np.isin(hosts, lost))
+        left = repair(slots, live.tolist(), setup.hosts, setup.experts)
+        table: dict[str, Any] = {"lost": lost, "loaded": None, "primary": None}
+        if left is not None:
+            at = np.argwhere((left != slots) & (left >= 0))
+            place, slot = np.divmod(primaries(left[:, live], setup.experts), setup.slots)
+            table["loaded"] = np.column_stack([at, left[tuple(at.T)]]).tolist()
+            table["primary"] = np.stack([live[place], slot], axis=-1).tolist()
+        found.append(table)
+    return found
 
 
 def _figures(setup: Setup, plan: Planned) -> dict[str, Any]:
