@@ -5,7 +5,7 @@
 A cluster serves `streams` requests, none beginning or ending while it is measured. Again and again a new load is drawn
 (lognormal), the coordinator works out which replicas should move for it and has them moved, as it does for a load that
 was measured and as `moe-jax rebalance` does: weights are fetched beside the steps, and put in place between two of
-them, a part at a time. Between two moves is a stretch, as long as the last move took, in which nothing moves. All in one run:
+them, a part at a time. Between two moves is a stretch, as long as the last move took, in which nothing moves.
 
     a step     the median gap between two tokens of one stream in the stretches without a move
     pause      what the longest gap of any stream during a move has more than a step, in steps
@@ -115,6 +115,7 @@ def measure(llm: LLM, count: int, tokens: int, moves: int, seed: int) -> tuple[d
     draw = np.random.default_rng(seed)
     backend: Any = llm._backend
     model = backend.model
+    backend._running.call(backend._running.coordinator.rebalancing.stop)  # nothing moves by itself
     deadline = time.monotonic() + 240.0
     while backend.status()["survivable_without_compiling"] < 1:
         if time.monotonic() > deadline:
@@ -195,9 +196,7 @@ def main() -> int:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-rebalance-")))
             model, experts, load_format = write_model(args.layers, directory / "model"), 64, "dummy"
         slots = args.slots or -(-5 * experts // (2 * args.hosts))
-        llm = stack.enter_context(
-            LLM(model, args.hosts, load_format=load_format, slots=slots, rebalance_above=0.0, **options)
-        )
+        llm = stack.enter_context(LLM(model, args.hosts, load_format=load_format, slots=slots, **options))
         found, streams = measure(llm, args.streams, args.tokens, args.moves, args.seed)
     tokens = sum(map(len, streams.found.values()))
     changed = compare(streams, options) if args.layers is None else None
