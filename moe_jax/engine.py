@@ -13,7 +13,8 @@ buffers as parts of another mesh, with other programs and another routing table.
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,14 @@ class _Flight:
     new: list[list[jax.Array]]  # K/V rows, and the experts that the rows chose
     logits: list[list[jax.Array]]
     written: bool  # the rows are on their way into the cache
+
+
+@contextmanager
+def _beside_steps() -> Iterator[None]:
+    """Around work in a thread of its own: then it rests, for the steps want the processor, too."""
+    begun = time.monotonic()
+    yield
+    time.sleep(3 * (time.monotonic() - begun))
 
 
 @dataclass
@@ -130,8 +139,11 @@ class Engine:
         """Form `mesh`, with all ranks of it doing the same. slots [layers with experts, ranks of the mesh, slots].
 
         Experts that this process should hold and does not are taken from `fetched`, or loaded. The next step is the
-        first of the epoch; nothing is agreed before it. Returns the seconds that experts took.
+        first of the epoch; nothing is agreed before it, but that in the same mesh it is the step which the last one
+        agreed on: who does not know that has left the mesh, and does not come back to it without a new communicator.
+        Returns the seconds that experts took.
         """
+        level = self.level if self.mesh is not None and self.mesh.devices == mesh.devices else 0
         self.leave()
         begun = time.monotonic()
         self.hold(slots[:, list(mesh.local)], fetched or {})
@@ -142,7 +154,7 @@ class Engine:
         else:
             self.fixed = self._fix(mesh, slots)
         self._prepared.clear()
-        self.mesh, self.epoch, self.level, self.epoch_agreed, self._tries = mesh, epoch, 0, -1, 0
+        self.mesh, self.epoch, self.level, self.epoch_agreed, self._tries = mesh, epoch, level, -1, 0
         self.epoch_heard = max(self.epoch_heard, epoch)
         return seconds
 
@@ -154,12 +166,12 @@ class Engine:
     def prepare(self, mesh: ExpertMesh, slots: np.ndarray) -> None:
         """Make ready what `enter(…, mesh, slots)` takes, in a thread beside steps: a mesh that a loss would leave."""
         if not self._changes(slots[:, list(mesh.local)]):
-            self._prepared[mesh.devices] = np.array(slots), self._fix(mesh, slots)
+            with _beside_steps():
+                self._prepared[mesh.devices] = np.array(slots), self._fix(mesh, slots)
         for bucket in self.buckets:
             if not bucket.score:
-                begun = time.monotonic()
-                self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
-                time.sleep(3 * (time.monotonic() - begun))  # the steps beside it want the processor, too
+                with _beside_steps():
+                    self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
 
     def connect(self, mesh: ExpertMesh) -> None:
         """Build the communicator of a mesh that may be entered later: all its ranks together, between the same two
@@ -191,7 +203,11 @@ class Engine:
         """Onto the devices, what `hold(slots)` would need: all that is left then is to copy it from there into its
         place. May run in a thread beside steps."""
         wanted = {(i, layer, int(slots[layer, i, slot])) for layer, i, slot in self._changes(slots)}
-        return jax.block_until_ready({key: self._read(*key) for key in sorted(wanted)})
+        fetched: dict[tuple[int, int, int], dict[str, jax.Array]] = {}
+        for key in sorted(wanted):
+            with _beside_steps():
+                fetched[key] = jax.block_until_ready(self._read(*key))
+        return fetched
 
     def prime(self) -> None:
         """Compile what setting a slot and looking at loads take, so that neither has to."""

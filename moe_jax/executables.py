@@ -140,7 +140,9 @@ class Executables:
                 raw = serialize_program(function.lower(*specs, **static), deterministic=True)
                 self.store.put(key, raw)
             self._small[key, device.id] = load_program(raw, [device])
-        return self._small[key, device.id]([jax.device_put(a, device) for a in arguments])[0][0]
+        on = {device}
+        there = [a if isinstance(a, jax.Array) and a.devices() == on else jax.device_put(a, device) for a in arguments]
+        return self._small[key, device.id](there)[0][0]
 
     def note_small(self) -> None:
         """Note in the store that the programs which `call` has used are needed."""

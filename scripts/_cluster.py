@@ -297,11 +297,13 @@ class Traffic:
         hang: float,
         retry: bool = False,
         resume: bool = False,
+        once: bool = False,
     ) -> None:
         """hang: seconds without a token after which a stream is given up. retry: ask again when a stream breaks, as a
-        client does whose server was restarted; resume: go on where it broke. Otherwise that is an error."""
+        client does whose server was restarted; resume: go on where it broke. Otherwise that is an error. once: no
+        stream begins when another ends."""
         self._jobs, self._expected, self._width, self._hang, self._retry = jobs, expected, width, hang, retry
-        self._resume = resume
+        self._resume, self._once = resume, once
         self.resumed = 0  # times
         self._channel = grpc.aio.insecure_channel(address, options=_GRPC)
         self._stub = rpc.InferenceStub(self._channel)
@@ -325,9 +327,18 @@ class Traffic:
         """Forget the gaps up to now."""
         self._gaps.clear()
 
+    @property
+    def running(self) -> int:
+        """Streams, now."""
+        return len(self._running)
+
+    def gaps(self, since: float, until: float) -> list[tuple[float, float]]:
+        """(begin, end) of those that began before `until` and ended after `since`."""
+        return [(begin, end) for begin, end in self._gaps if begin < until and end > since]
+
     def longest_gap(self, since: float, until: float) -> float | None:
-        """Seconds, of the gaps that began before `until` and ended after `since`. None: there is none."""
-        return max((end - begin for begin, end in self._gaps if begin < until and end > since), default=None)
+        """Seconds, of `gaps`. None: there is none."""
+        return max((end - begin for begin, end in self.gaps(since, until)), default=None)
 
     def longest_gap_after(self, since: float) -> float | None:
         """Seconds, of the gaps that began later."""
@@ -359,6 +370,8 @@ class Traffic:
             job, request_id = self._jobs[number % len(self._jobs)], f"stream-{number}"
             while await self._follow(job, request_id) and not self._stopping:
                 await asyncio.sleep(0.05)
+            if self._once:
+                return
 
     async def _follow(self, job: Job, request_id: str) -> bool:
         """Whether it should be asked again."""

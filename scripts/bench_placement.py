@@ -2,6 +2,7 @@
 
     python scripts/bench_placement.py [--rounds 7]
 
+A placement is what `moe-jax plan` makes without further options: the scatter width is chosen, then experts are placed.
 Loads are drawn from a seed. Times are CPU time and wall time of one call, the best and the median of the rounds; other
 work on the machine shows in the wall time. Balance is 1 / imbalance, 1 is perfect; the bound is what no placement that
 keeps the promise can exceed (`imbalance_bound`). EPLB keeps no promise.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,14 @@ def measure(rounds: int, call: Callable[..., Any], *arguments: Any) -> tuple[Any
     return result, cpu, wall
 
 
+def place(
+    num_layers: int, num_experts: int, hosts: Sequence[str], slots: int, replication: int, load: np.ndarray
+) -> tuple[int | None, np.ndarray]:
+    """The width that was chosen, and the placement."""
+    scatter = placement.choose_scatter(num_experts, hosts, slots, replication, load)
+    return scatter, placement.plan(num_layers, num_experts, hosts, slots, replication, load, scatter)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="calls of each function (2 of the largest plans)")
@@ -51,14 +60,13 @@ def main() -> None:
         load = make_load(kind, layers, experts)
         hosts = [f"host{i // ranks_per_host:03}" for i in range(ranks)]
         calls = rounds if ranks == 32 else 2
-        placed, cpu, wall = measure(calls, placement.plan, layers, experts, hosts, slots, replication, load)
+        (scatter, placed), cpu, wall = measure(calls, place, layers, experts, hosts, slots, replication, load)
         assert placement.survivable_host_losses(placed, hosts, experts) >= replication - 1
         uneven = [placement.imbalance(p, range(ranks), load, experts) for p in (placed, eplb(load, ranks, slots))]
         uneven.append(placement.imbalance_bound(ranks, slots, replication, load))
-        size = f"{layers} x {experts} x {ranks}"
-        table.add_row(
-            size, str(ranks * slots), str(replication), kind, "plan", cpu, wall, *(f"{1 / u:.4f}" for u in uneven)
-        )
+        row = (f"{layers} x {experts} x {ranks}", str(ranks * slots), str(replication), kind)
+        call = f"plan, scatter {'all' if scatter is None else scatter}"
+        table.add_row(*row, call, cpu, wall, *(f"{1 / u:.4f}" for u in uneven))
     table.add_section()
 
     hosts = [f"host{i:02}" for i in range(32)]

@@ -1,6 +1,7 @@
 """Goodput of a cluster whose hosts fail: elastic, against one that restarts as a whole. A discrete-event simulation.
 
     python scripts/simulate.py [--mtbf-hours 500 --repair-hours 2 --days 30] [--plot goodput.png] [--json]
+    python scripts/bench_recovery.py --hosts 4 --json > measured; python scripts/simulate.py --measured measured
 
 Every host fails at random (exponential times), and comes back after a repair (exponential, too). Times in seconds:
 
@@ -11,9 +12,11 @@ Every host fails at random (exponential times), and comes back after a repair (e
     restart   a loss stops all: --detect until it is noticed and --restart until everything serves again, on the hosts
               that are left; a return is taken in by a restart at once (--eager) or at the next loss.
 
-Goodput is the share of the tokens that all hosts would have served without any failure. The defaults of pause, rejoin
-and restart are this project's measured ones (README, demo model on CPUs) with the restart that others report for a
-large model: 150 s (peers measured 2 to 3 minutes on 32 GPUs). Throughput is taken as proportional to live hosts.
+Goodput is the share of the tokens that all hosts would have served without any failure. Pause and rejoin are measured
+ones: by default the README's medians (demo model, 4 hosts on 2 cores), with --measured those of any run of
+bench_recovery.py, and then restart is that run's, too. Its default is what others report for a large model: 150 s (2
+to 3 minutes on 32 GPUs). --detect, --replay and --reload are assumptions. Throughput is taken as proportional to live
+hosts.
 """
 
 from __future__ import annotations
@@ -142,27 +145,53 @@ def compare(times: Times, horizon: float, floor: float, seeds: int, sizes: tuple
     return rows
 
 
-def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    from matplotlib.figure import Figure
+def measured(path: Path) -> dict[str, float]:
+    """Seconds of pause, rejoin and restart, from the last line of what bench_recovery.py --json printed.
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    Raises ValueError when it is something else.
+    """
+    try:
+        found = json.loads(path.read_text().splitlines()[-1])
+        return {
+            "pause": found["pause_ms"]["median"] / 1e3,
+            "rejoin": found["rejoin_ms"]["median"] / 1e3,
+            "restart": found["restart_ms"] / 1e3,
+        }
+    except (ValueError, LookupError, TypeError) as e:
+        raise ValueError(f"{path}: expected what bench_recovery.py --json printed: {e!r}") from None
+
+
+def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Goodput, and beside it on a logarithmic axis what is lost of it."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, PercentFormatter
+
+    figure = Figure(figsize=(11, 4.8), layout="constrained", dpi=150)
+    goodput, lost = figure.subplots(1, 2)
     for name, label in (
         ("elastic", "elastic"),
         ("restart", "restart at each loss"),
         ("restart_eager", "restart at each loss and return"),
     ):
         ranks = [row["ranks"] for row in rows]
-        goodput = [row[name]["goodput"] for row in rows]
-        axes.errorbar(ranks, goodput, [2 * row[name]["error"] for row in rows], marker="o", capsize=3, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks([row["ranks"] for row in rows], [str(row["ranks"]) for row in rows])
-    axes.set_xlabel("ranks, each its own host")
-    axes.set_ylabel("goodput, of that without failures")
-    axes.set_ylim(top=1.005)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    axes.set_title(title, fontsize="small")
+        share = np.array([row[name]["goodput"] for row in rows])
+        error = 2 * np.array([row[name]["error"] for row in rows])
+        style: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.2, "capsize": 3}
+        goodput.errorbar(ranks, share, error, label=label, **style)
+        below = np.minimum(error, 0.99 * (1 - share))  # a logarithmic axis has no zero
+        lost.errorbar(ranks, 1 - share, [below, error], **style)
+    goodput.set_title("goodput, of that without failures (bars: two standard errors)", fontsize="medium")
+    lost.set_title("what is lost of it", fontsize="medium")
+    lost.set_yscale("log")
+    for axes in (goodput, lost):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks([row["ranks"] for row in rows], [str(row["ranks"]) for row in rows])
+        axes.set_xlabel("ranks, each its own host")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.grid(alpha=0.3, which="both")
+    goodput.legend(loc="lower left")
+    figure.suptitle(title, fontsize="medium")
     figure.savefig(path)
 
 
@@ -170,8 +199,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mtbf-hours", type=float, default=2000.0, help="of one host")
     parser.add_argument("--repair-hours", type=float, default=1.0, help="until a failed host is back")
-    parser.add_argument("--pause", type=float, default=0.44, help="seconds without a token, at a loss")
-    parser.add_argument("--rejoin", type=float, default=0.22, help="seconds without a token, at a return")
+    parser.add_argument("--pause", type=float, default=0.5, help="seconds without a token, at a loss")
+    parser.add_argument("--rejoin", type=float, default=0.26, help="seconds without a token, at a return")
     parser.add_argument("--replay", type=float, default=5.0, help="seconds of one host's work that its loss costs")
     parser.add_argument("--reload", type=float, default=10.0, help="seconds to load experts from a checkpoint")
     parser.add_argument("--detect", type=float, default=10.0, help="seconds until a restart is begun")
@@ -181,7 +210,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (needs the extra moe-jax[plot])")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="pause, rejoin and restart: what bench_recovery.py --json printed"
+    )
     args = parser.parse_args()
+    if args.measured is not None:
+        try:
+            vars(args).update(measured(args.measured))
+        except (OSError, ValueError) as e:
+            parser.error(f"--measured: {e}")
     times = Times(
         args.mtbf_hours * 3600,
         args.repair_hours * 3600,
@@ -189,7 +226,13 @@ def main() -> None:
     )
     rows = compare(times, args.days * 86400, args.floor, args.seeds)
     if args.plot is not None:
-        plot(rows, f"a host fails every {args.mtbf_hours:g} h, is back after {args.repair_hours:g} h", args.plot)
+        plot(
+            rows,
+            f"a host fails every {args.mtbf_hours:g} h and is back after {args.repair_hours:g} h; elastic: "
+            f"{times.pause:g} s without a token at a loss, {times.rejoin:g} s at a return;\n"
+            f"restart: {times.detect:g} s until it is begun, {times.restart:g} s until all serve again",
+            args.plot,
+        )
     if args.json:
         print(json.dumps({"times": asdict(times), "days": args.days, "rows": rows}))
         return

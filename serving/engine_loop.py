@@ -22,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -224,7 +224,8 @@ class EngineLoop:
         mesh = self._active = _mesh(nodes)
         slots = np.array(body["slots"], np.int32)[:, body["order"]]
         try:
-            if engine.mesh is None or engine.mesh.devices != mesh.devices:
+            is_new = engine.mesh is None or engine.mesh.devices != mesh.devices
+            if is_new:
                 engine.leave()
                 self._send({"type": "arrived", "epoch": number})
                 with self._collective(number):
@@ -234,7 +235,7 @@ class EngineLoop:
             self._fetched = {}
             ms["load"], ms["rebuild"] = 1e3 * moved, 1e3 * (time.monotonic() - begun) - ms["agree"] - 1e3 * moved
             before = time.monotonic()
-            with self._connect(mesh):
+            with self._connect(mesh) if is_new else nullcontext():
                 self.step()
         except Aborted:
             engine.leave()

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from moe_jax.placement import Changes, Report
 
+_MOST_PRIMARIES = 5_000_000  # in the tables of --survivors
 DEEPSEEK_V3 = 3 * 7168 * 2048  # bytes of an expert's weights in float8, as published
 
 
@@ -58,6 +60,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lost", nargs="+", default=[], metavar="HOST", help="what moves when these are lost and return"
     )
+    group.add_argument(
+        "--survivors", type=int, default=0, metavar="K", help="in --json: what serves after every loss of up to K hosts"
+    )
     group.add_argument("--before", type=Path, metavar="FILE", help="an earlier plan's JSON: keep it where load allows")
     group.add_argument("--within", type=float, default=1.2, metavar="X", help="imbalance that --before may keep")
     group.add_argument("--eplb", action="store_true", help="put an EPLB placement of the same slots beside it")
@@ -75,6 +80,7 @@ class Setup:
     hosts: list[str]  # of each rank
     racks: list[str] | None
     load: np.ndarray | None  # None: equal
+    load_name: str
     losses: list[int]  # hosts
 
     @staticmethod
@@ -111,7 +117,7 @@ class Setup:
         if unknown := sorted(set(args.lost) - set(hosts)):
             raise ValueError(f"--lost: found {' '.join(unknown)}, expected some of host0 to host{args.hosts - 1}")
         slots = args.slots or -(-experts * args.replication // ranks)
-        return Setup(layers, experts, size, slots, args.replication, hosts, racks, load, sorted(set(losses)))
+        return Setup(layers, experts, size, slots, args.replication, hosts, racks, load, args.load, sorted(set(losses)))
 
     @property
     def rank_bytes(self) -> int:
@@ -157,6 +163,8 @@ def run(args: argparse.Namespace) -> int:
     def plan(scatter: int | None) -> np.ndarray:
         return placement.plan(*shape, setup.slots, setup.replication, setup.load, scatter)
 
+    if args.survivors and not args.json:
+        raise ValueError("--survivors: found no --json, expected it: tables of all losses are nothing to read")
     begun = time.perf_counter()
     widths: list[int | None] = list(args.scatter or [])
     if not widths and before is None:
@@ -196,7 +204,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         _plot(setup, plans, args.plot)
     if args.json:
-        print(json.dumps(_as_json(setup, plans, changes)))
+        tables = {"survivors": _survivors(setup, slots, args.survivors)} if args.survivors else {}
+        print(json.dumps(_as_json(setup, plans, changes) | tables))
     else:
         chosen = None if before is not None or args.scatter else choosing
         _print(setup, plans, changes, args.lost, chosen)
@@ -249,6 +258,39 @@ def _as_json(setup: Setup, plans: Sequence[Planned], changes: Changes | None) ->
         }
     beside = {plan.name.replace(" ", "_").lower(): _figures(setup, plan) for plan in plans[1:]}
     return found | beside
+
+
+def _survivors(setup: Setup, slots: np.ndarray, most: int) -> list[dict[str, Any]]:
+    """For every set of up to `most` hosts that may be lost: what is loaded then, [layer, rank, slot, expert], before
+    serving goes on, and the primaries, as of the whole; both None where too few slots are left.
+
+    Raises ValueError when that is too much to print.
+    """
+    import numpy as np
+
+    from moe_jax.placement import primaries, repair
+
+    hosts = np.array(setup.hosts)
+    names = list(dict.fromkeys(setup.hosts))
+    sets = [lost for k in range(1, most + 1) for lost in combinations(names, k)]
+    size = len(sets) * setup.layers * setup.experts
+    if not 0 < most < len(names) or size > _MOST_PRIMARIES:
+        raise ValueError(
+            f"--survivors: found {most}, {size} primaries in {len(sets)} tables, expected 1 to {len(names) - 1} hosts "
+            f"and at most {_MOST_PRIMARIES} primaries"
+        )
+    found = []
+    for lost in sets:
+        live = np.flatnonzero(~np.isin(hosts, lost))
+        left = repair(slots, live.tolist(), setup.hosts, setup.experts)
+        table: dict[str, Any] = {"lost": lost, "loaded": None, "primary": None}
+        if left is not None:
+            at = np.argwhere((left != slots) & (left >= 0))
+            place, slot = np.divmod(primaries(left[:, live], setup.experts), setup.slots)
+            table["loaded"] = np.column_stack([at, left[tuple(at.T)]]).tolist()
+            table["primary"] = np.stack([live[place], slot], axis=-1).tolist()
+        found.append(table)
+    return found
 
 
 def _figures(setup: Setup, plan: Planned) -> dict[str, Any]:
@@ -370,33 +412,36 @@ def _plot(setup: Setup, plans: Sequence[Planned], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot: matplotlib is not installed; pip install 'moe-jax[plot]'") from None
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4.5), layout="constrained", dpi=150)
     chance, uneven, loaded = figure.subplots(1, 3)
-    for plan in plans:
+    for i, plan in enumerate(plans):
         losses = plan.report.losses
-        lost = [loss.lost for loss in losses]
-        chance.errorbar(
-            lost, [x.fatal[0] for x in losses], [2 * x.fatal[1] for x in losses], marker="o", capsize=3, label=plan.name
-        )
-        finite = [x for x in losses if math.isfinite(x.imbalance)]
-        low = [x.worst_imbalance - x.imbalance for x in finite]
-        uneven.errorbar(
-            [x.lost for x in finite], [x.imbalance for x in finite], [[0] * len(low), low], marker="o", capsize=3
-        )
+        beside = 0.09 * (i - (len(plans) - 1) / 2)  # so that no plan hides another
+        at = [j + beside for j in range(len(losses))]
+        bars: dict[str, Any] = {"marker": "o", "markersize": 5, "linewidth": 1.2, "capsize": 3, "color": f"C{i}"}
+        fatal = [100 * x.fatal[0] for x in losses]
+        chance.errorbar(at, fatal, [200 * x.fatal[1] for x in losses], label=plan.name, **bars)
+        finite = [(j, x) for j, x in zip(at, losses, strict=True) if math.isfinite(x.worst_imbalance)]
+        above = [x.worst_imbalance - x.imbalance for _, x in finite]
+        mean = [x.imbalance for _, x in finite]
+        uneven.errorbar([j for j, _ in finite], mean, [[0] * len(above), above], **bars)
         size = setup.expert_bytes / 1e9
-        loaded.plot(lost, [x.loaded * size for x in losses], marker="o")
-        loaded.plot(lost, [x.worst_loaded * size for x in losses], linestyle=":", color=loaded.lines[-1].get_color())
-    chance.set_ylabel("chance that an expert is lost")
-    uneven.set_ylabel("most loaded rank / mean")
-    loaded.set_ylabel("GB to load before serving goes on")
+        above = [(x.worst_loaded - x.loaded) * size for x in losses]
+        loaded.errorbar(at, [x.loaded * size for x in losses], [[0] * len(above), above], **bars)
+    chance.set_title("Some expert is lost: chance, %", fontsize="medium")
+    uneven.set_title("Imbalance: most loaded rank / mean", fontsize="medium")
+    loaded.set_title("To load before serving goes on, GB", fontsize="medium")
     for axes in (chance, uneven, loaded):
-        axes.set_xlabel("hosts lost")
+        lost = [loss.lost for loss in plans[0].report.losses]
+        axes.set_xticks(range(len(lost)), [str(k) for k in lost])
         axes.grid(alpha=0.3)
+    chance.set_xlabel("hosts lost (bars: two standard errors)")
+    uneven.set_xlabel("hosts lost (mean; bars up to the worst tried)")
+    loaded.set_xlabel("hosts lost (mean; bars up to the worst tried)")
     chance.legend()
-    uneven.set_title("mean, bars up to the worst", fontsize="small")
-    loaded.set_title("mean, dotted: worst", fontsize="small")
+    loads = "equal load" if setup.load is None else f"load {setup.load_name}"
     figure.suptitle(
-        f"{setup.layers} layers × {setup.experts} experts, {len(setup.hosts)} ranks × {setup.slots} slots, "
-        f"replication {setup.replication}"
+        f"{setup.layers} layers × {setup.experts} experts in {len(setup.hosts)} ranks × {setup.slots} slots on "
+        f"{len(set(setup.hosts))} hosts, replication {setup.replication}, {loads}"
     )
     figure.savefig(path)

@@ -36,3 +36,12 @@ def test_too_few_hosts_serve_nothing() -> None:
     broken = simulate.Times(3600, 1e12, 0, 0, 0, 0, 0, 0)
     found = simulate.elastic(4, broken, 1000 * DAY, 0.9, np.random.default_rng(0))
     assert found.goodput < 0.001 and found.stopped > 0.999
+
+
+def test_measured_times_are_those_of_a_run(tmp_path: Path) -> None:
+    file = tmp_path / "measured"
+    file.write_text('a table\n{"pause_ms": {"median": 500}, "rejoin_ms": {"median": 260}, "restart_ms": 4331.0}\n')
+    assert simulate.measured(file) == {"pause": 0.5, "rejoin": 0.26, "restart": 4.331}
+    file.write_text('{"pause_ms": {}}')
+    with pytest.raises(ValueError, match="expected what bench_recovery.py --json printed"):
+        simulate.measured(file)

@@ -14,11 +14,10 @@ from moe_jax.placement.board import (
     replicas,
     shares_of,
     slot_load,
-    unevenness,
     whole,
 )
 
-_LAYERS_TRIED, _HOSTS_TRIED = 4, 64  # to choose a width; layers are alike
+_LAYERS_TRIED, _HOSTS_TRIED = 8, 64  # to choose a width; layers are alike
 _ROUNDS = 32  # of rebalancing: at most so many replicas more in a layer
 _LESS = 0.01  # of the mean load, that the most loaded rank must lose for more moves to be worth it
 
@@ -47,19 +46,25 @@ def plan(
     """
     host, capacity = number_hosts(hosts, slots)
     _check_promise(num_layers, num_experts, capacity, slots, replication)
-    shares = shares_of(load, num_layers, num_experts)
-    cells, quota = np.zeros(len(capacity), np.int64), np.array([num_experts])
     if scatter is not None and scatter < replication - 1:
         raise ValueError(f"scatter: found {scatter}, expected at least replication - 1 = {replication - 1}")
-    if scatter is not None and replication > 1:
-        cells, quota = _cells(num_experts, capacity, replication, scatter)
+    cells = _cells(num_experts, capacity, replication, scatter)
+    shares = shares_of(load, num_layers, num_experts)
+    return _place(shares, host, slots, replication, *(np.tile(a, (num_layers, 1)) for a in cells))
+
+
+def _place(
+    shares: np.ndarray, host: np.ndarray, slots: int, replication: int, cells: np.ndarray, quota: np.ndarray
+) -> np.ndarray:
+    """A placement [layers, ranks, slots]. cells [layers, hosts] and quota [layers, cells]: as `_cells`, of each."""
     count = count_replicas(shares, len(host) * slots, replication, len(host))
-    placed, kept = _deal(shares, count, host, slots, replication, cells, quota)
+    placed, kept = _deal(shares, count, cells, quota, host, slots, replication)
     if not kept.all():  # replicas beyond the promise took the room of promised ones: hosts differ in size, or cells
         promised = np.full_like(count, replication)
         each = shares / count
-        placed[~kept], _ = _deal((each * replication)[~kept], promised[~kept], host, slots, replication, cells, quota)
-    board = Board.of(placed, host, num_experts)
+        again = (v[~kept] for v in (each * replication, promised, cells, quota))
+        placed[~kept] = _deal(*again, host, slots, replication)[0]
+    board = Board.of(placed, host, shares.shape[1])
     fill(board, shares)
     balance(board, shares, replication, cells)
     fill(board, shares)  # a swap may have put an expert on the last host without it, so that it may be twice on one
@@ -72,34 +77,48 @@ def choose_scatter(
     slots: int,
     replication: int,
     load: np.ndarray | None = None,
-    uneven: float = 0.01,
+    uneven: float = 0.0075,
     after_loss: float = 0.25,
 ) -> int | None:
     """The narrowest scatter that `plan` need not pay for with its balance: what else survives is the most that can.
 
     The narrower, the fewer sets of `replication` hosts share an expert, and the fewer losses beyond the promise are
     fatal. Allowed is at most `uneven` more imbalance than with None, and `after_loss` more once any one host is lost,
-    in the mean (0.01: one percent). load [layers, experts], of which a few layers are looked at; None: equal.
+    in the mean (0.01: one percent). load [layers, experts], of which eight layers are looked at; None: equal.
     Returns None, all hosts, where nothing narrower is allowed, and beyond 64 hosts, where trying takes too long.
     Raises as `plan`.
     """
-    number = len(set(hosts))
-    most = 1 if load is None else min(len(load), _LAYERS_TRIED)
-    tried = None if load is None else load[np.linspace(0, len(load) - 1, most).astype(int)]
-
-    def measure(scatter: int | None) -> tuple[float, float]:
-        placed = plan(most, num_experts, hosts, slots, replication, tried, scatter)
-        host, shares = number_hosts(hosts, slots)[0], shares_of(tried, most, num_experts)
-        after = [unevenness(placed[:, host != h], shares) for h in range(number)]
-        return unevenness(placed, shares), float(np.mean(after))
-
+    host, capacity = number_hosts(hosts, slots)
+    number = len(capacity)
     if replication < 2 or not replication < number <= _HOSTS_TRIED:
         return None
-    allowed = [x * (1 + more) for x, more in zip(measure(None), (uneven, after_loss), strict=True)]
-    for scatter in (replication - 1 << i for i in range(8) if replication - 1 << i < number // 2):
-        if all(x <= y for x, y in zip(measure(scatter), allowed, strict=True)):
-            return scatter
-    return None
+    layers = _LAYERS_TRIED if load is None else min(len(load), _LAYERS_TRIED)
+    _check_promise(layers, num_experts, capacity, slots, replication)
+    # All widths at once, each as so many layers more.
+    widths = [None, *(replication - 1 << i for i in range(8) if replication - 1 << i < number // 2)]
+    cells, quota = zip(*(_cells(num_experts, capacity, replication, width) for width in widths), strict=True)
+    quota = [np.pad(q, (0, max(map(len, quota)) - len(q))) for q in quota]
+    tried = None if load is None else load[np.linspace(0, len(load) - 1, layers).astype(int)]
+    shares = np.tile(shares_of(tried, layers, num_experts), (len(widths), 1))
+    placed = _place(shares, host, slots, replication, *(np.repeat(a, layers, axis=0) for a in (cells, quota)))
+    now, then = (x.reshape(len(widths), layers).mean(1) for x in _unevenness_after_losses(placed, shares, host))
+    good = (now <= now[0] * (1 + uneven)) & (then <= then[0] * (1 + after_loss))
+    good[0] = not good[1:].any()
+    return widths[int(good.argmax())]
+
+
+def _unevenness_after_losses(placed: np.ndarray, shares: np.ndarray, host: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The most loaded rank's load over the mean rank's, and the mean of that over the losses of each host [layers]."""
+    board = Board.of(placed, host, shares.shape[1])
+    held = np.insert(board.held[..., :-1], 0, 0, axis=1)  # by the lost host; the first stands for none
+    each = np.zeros((*held.shape[:2], shares.shape[1] + 1))
+    each[..., :-1] = shares[:, None] / np.maximum(held.sum(1)[:, None] - held, 1)
+    layers, lost = np.arange(len(placed))[:, None, None], np.arange(held.shape[1])[:, None]
+    total = each[layers[..., None], lost[..., None], placed[:, None]].sum(3)  # [layers, lost, ranks]
+    live = host != lost - 1
+    total *= live
+    uneven = total.max(2) / (total.sum(2) / live.sum(1))
+    return uneven[:, 0], uneven[:, 1:].mean(1)
 
 
 def rebalance(
@@ -122,7 +141,7 @@ def rebalance(
     live, placed, host = live_rows(slots, ranks, hosts)
     shares = shares_of(load, len(slots), num_experts)
     board = Board.of(placed, host, num_experts)
-    cells = np.zeros(host.max(initial=-1) + 1, np.int64)
+    cells = np.zeros(board.held.shape[:2], np.int64)
     best, lowest = placed.copy(), _most(placed, shares) - _LESS / max(len(live), 1)
     for _ in range(_ROUNDS if len(live) else 0):
         balance(board, shares, replication, cells, within)
@@ -186,8 +205,12 @@ def _check_promise(num_layers: int, num_experts: int, capacity: np.ndarray, slot
         )
 
 
-def _cells(num_experts: int, capacity: np.ndarray, replication: int, scatter: int) -> tuple[np.ndarray, np.ndarray]:
+def _cells(
+    num_experts: int, capacity: np.ndarray, replication: int, scatter: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Each host's cell, and how many experts each cell gets, for the narrowest cells in which the promise fits."""
+    if scatter is None or replication == 1:
+        return np.zeros(len(capacity), np.int64), np.array([num_experts])
     by_size, experts = np.argsort(-capacity, kind="stable"), np.arange(num_experts + 1)
     number = max(len(capacity) // (scatter + 1), 1) + 1
     most, members = np.zeros(0, np.int64), []
@@ -199,10 +222,11 @@ def _cells(num_experts: int, capacity: np.ndarray, replication: int, scatter: in
     cells = np.empty(len(capacity), np.int64)
     for i, m in enumerate(members):
         cells[m] = i
-    room, quota = np.bincount(cells, capacity), np.zeros_like(most)
-    for _ in range(num_experts):
-        quota[np.where(quota < most, (quota + 1) / room, INFINITY).argmin()] += 1
-    return cells, quota
+    # One by one to the cell that is the least full then.
+    full = experts[1:] / np.bincount(cells, capacity)[:, None]
+    full[experts[1:] > most[:, None]] = INFINITY
+    order = np.argsort(full, axis=None, kind="stable")[:num_experts]
+    return cells, np.bincount(order // num_experts, minlength=len(most))
 
 
 def count_replicas(shares: np.ndarray, slots: int, replication: int, most: int) -> np.ndarray:
@@ -220,11 +244,11 @@ def count_replicas(shares: np.ndarray, slots: int, replication: int, most: int) 
 def _deal(
     shares: np.ndarray,
     count: np.ndarray,
+    cells: np.ndarray,
+    quota: np.ndarray,
     host: np.ndarray,
     slots: int,
     replication: int,
-    cells: np.ndarray,
-    quota: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A placement with `count` replicas of each expert, and whether it keeps the promise in each layer.
 
@@ -239,48 +263,62 @@ def _deal(
     order = np.argsort(-each, axis=1, kind="stable")
     count = np.take_along_axis(count, order, 1).ravel()
     experts = np.repeat(order.ravel(), count).reshape(num_layers, -1)  # each layer has as many replicas
+    weights = np.take_along_axis(each, experts, 1)
     copies = np.arange(experts.size) - np.repeat(np.cumsum(count) - count, count)
     copies = copies.reshape(experts.shape)
-    # The ranks of rank k's host, filled up with the column `ranks`, which is no rank.
-    mates = np.full((ranks, size.max()), ranks)
+    first, bound = (copies == 0).T, (copies < replication).T
+    # The other ranks of rank k's host, filled up with the column `ranks`, which is no rank.
+    mates = np.full((ranks, size.max() - 1), ranks)
     for k in range(ranks):
-        mates[k, : size[host[k]]] = np.flatnonzero(host == host[k])
+        mates[k, : size[host[k]] - 1] = np.setdiff1d(np.flatnonzero(host == host[k]), k)
     placed, kept = np.full((num_layers, ranks, slots), -1, np.int32), np.ones(num_layers, bool)
-    free = np.full((num_layers, ranks), slots)
+    filled = np.zeros((num_layers, ranks), np.int64)
     # The best rank has the lowest level: most room on its host, then on itself, then the least load, at most 1/2.
     level = np.append(-(size[host] * slots * (slots + 1.0) + slots), INFINITY) + np.zeros((num_layers, 1))
     taken = np.zeros_like(level)  # TAKEN for each replica of the expert on the rank's host, infinite on its own rank
     TAKEN = 1e9
-    cell, left = np.append(cells[host], -1), np.tile(quota, (num_layers, 1))
-    home = np.zeros(num_layers, np.int64)
+    cell, left = np.append(cells[:, host], np.full((num_layers, 1), -1), axis=1), quota.copy()
+    inside = cell[:, None] == np.arange(left.shape[1])[:, None]  # [layers, cells, ranks + 1]
+    away = np.where(inside, 0, INFINITY)
+    shut = np.where((inside & (left == 0)[..., None]).any(1), INFINITY, 0)  # cells that are full
+    fence = np.zeros_like(level)  # infinite where the expert's cell is not
+    key = np.empty_like(level)
     chance, tie = np.random.default_rng(0), np.zeros(0)
     layers = np.arange(num_layers)
-    for j, (expert, copy) in enumerate(zip(experts.T, copies.T, strict=True)):
+    for j, (expert, weight, is_first, is_bound) in enumerate(zip(experts.T, weights.T, first, bound, strict=True)):
         if j % ranks == 0:
             tie = chance.random((num_layers, ranks + 1)) / 2
-        taken[copy == 0] = 0
-        key = level + taken
-        key += tie * ((copy > 0) & (copy < replication))[:, None]
-        if len(quota) > 1:
-            bound = (copy < replication)[:, None]
-            key[bound & np.where((copy == 0)[:, None], left[:, cell] <= 0, cell != home[:, None])] = INFINITY
+        taken[is_first] = 0
+        np.add(level, taken, out=key)
+        drawn = is_bound & ~is_first
+        if drawn.any():
+            key += tie * drawn[:, None]
+        if left.shape[1] > 1:
+            np.copyto(fence, shut, where=is_first[:, None])
+            fence[~is_bound] = 0
+            key += fence
         rank = key.argmin(1)
-        good = key[layers, rank] < TAKEN / 2
-        row = layers
-        if not good.all():
-            kept &= good | (copy >= replication)
+        found = key[layers, rank]
+        row, begins = layers, is_first
+        if not (good := found < TAKEN / 2).all():
+            kept &= good | ~is_bound
             # Twice on a host once it is on all of them.
-            good |= (taken[:, :-1] > 0).all(1) & (key[layers, rank] < INFINITY)
-            row, rank, expert, copy = layers[good], rank[good], expert[good], copy[good]
-        if len(quota) > 1:
-            home[row] = np.where(copy == 0, cell[rank], home[row])
-            left[row, cell[rank]] -= copy == 0
-        placed[row, rank, slots - free[row, rank]] = expert
-        free[row, rank] -= 1
-        taken[row[:, None], mates[rank]] += TAKEN
+            good |= (taken[:, :-1] > 0).all(1) & (found < INFINITY)
+            row, rank, expert, weight, begins = layers[good], rank[good], expert[good], weight[good], is_first[good]
+        if left.shape[1] > 1 and begins.any():
+            at, own = cell[row, rank][begins], row[begins]
+            fence[own] = away[own, at]
+            left[own, at] -= 1
+            over = left[own, at] == 0
+            shut[own[over]] += np.where(inside[own[over], at[over]], INFINITY, 0)
+        now = filled[row, rank]
+        placed[row, rank, now] = expert
+        filled[row, rank] = now + 1
+        if mates.size:
+            taken[row[:, None], mates[rank]] += TAKEN
+            level[row[:, None], mates[rank]] += slots + 1
         taken[row, rank] = INFINITY
-        level[row[:, None], mates[rank]] += slots + 1
-        level[row, rank] += np.where(free[row, rank] > 0, 1 + each[row, expert] / 2, INFINITY)
+        level[row, rank] += np.where(now < slots - 1, slots + 2 + weight / 2, INFINITY)
     return placed, kept
 
 
@@ -319,6 +357,7 @@ def balance(board: Board, shares: np.ndarray, replication: int, cells: np.ndarra
     """
     placed, host, held = board.placed, board.host, board.held
     num_layers, ranks, slots = placed.shape
+    cell = cells[:, host]
     pairs = ranks // 2
     weight = slot_load(placed, shares).astype(np.float32)
     home = _homes(board, replication, cells)
@@ -346,8 +385,8 @@ def balance(board: Board, shares: np.ndarray, replication: int, cells: np.ndarra
             may_a, may_b = np.where(same, ~twin.any(3), may_a), np.where(same, ~twin.any(2), may_b)
         if home is not None:
             home_a, home_b = home[layer, a], home[layer, b]
-            may_a &= (home_a < 0) | (home_a == cells[host[b]][..., None])
-            may_b &= (home_b < 0) | (home_b == cells[host[a]][..., None])
+            may_a &= (home_a < 0) | (home_a == cell[layer, b][..., None])
+            may_b &= (home_b < 0) | (home_b == cell[layer, a][..., None])
         off = weight[layer, a][..., :, None] - weight[layer, b][..., None, :]
         off -= half[..., None, None]
         np.abs(off, out=off)
@@ -377,7 +416,10 @@ def _homes(board: Board, replication: int, cells: np.ndarray) -> np.ndarray | No
     """The cell that each slot's replica must not leave [layers, ranks, slots], -1 where it may; None if all may."""
     if not cells.any():
         return None
-    inside = np.stack([(board.held[:, cells == c] > 0).sum(1) for c in range(cells.max() + 1)], axis=1)
-    cell = cells[board.host][:, None]
-    bound = inside[np.arange(len(inside))[:, None, None], cell, board.placed] >= replication
-    return np.where(bound, cell, -1)
+    cell = cells[:, board.host]
+    inside = np.zeros((*board.on.shape, cells.max() + 1), np.int16)  # hosts of the cell that have the expert
+    layer, on, expert = np.nonzero(board.held)
+    np.add.at(inside, (layer, expert, cells[layer, on]), np.int16(1))
+    layer = np.arange(len(cells))[:, None, None]
+    bound = inside[layer, board.placed, cell[..., None]] >= replication
+    return np.where(bound, cell[..., None], -1)

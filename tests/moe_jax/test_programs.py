@@ -68,6 +68,7 @@ def test_a_key_says_what_is_computed_and_nothing_else(monkeypatch: pytest.Monkey
         executables(ProgramStore(None), num_pages=65).key(program),
         executables(ProgramStore(None), kernels="reference").key(program),
         Executables.of(open_checkpoint(model_directory("demo")), narrow, "cpu", base.store).key(program),
+        replace(base, model=replace(base.model, num_layers=base.model.num_layers + 1)).key(program),
     }
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + " --xla_cpu_enable_fast_math=true")
     others.add(base.key(program))
@@ -76,7 +77,7 @@ def test_a_key_says_what_is_computed_and_nothing_else(monkeypatch: pytest.Monkey
     others.add(base.key(program))
     monkeypatch.setattr(programs, "source_digest", lambda: "edited")
     others.add(base.key(program))
-    assert len(others) == 10 and key not in others
+    assert len(others) == 11 and key not in others
 
 
 def test_compiled_elsewhere(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,25 @@ def test_what_moves(capsys: pytest.CaptureFixture[str]) -> None:
     assert changes["loaded_bytes"] == 0 and changes["returned_bytes"] == 8000
 
 
+def test_what_serves_after_every_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every expert has a primary on a rank that is left, in a slot with it; under the promise nothing is loaded."""
+    arguments = ["--layers", "2", "--experts", "8", "--hosts", "4", "--ranks-per-host", "2", "--lose", "1", "--json"]
+    assert main(["plan", *arguments, "--survivors", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["survivors"]) == 4 + 6 + 4
+    for table in found["survivors"]:
+        if table["primary"] is None:
+            assert len(table["lost"]) == 3  # four slots are left, for eight experts
+            continue
+        slots = copy.deepcopy(found["slots"])
+        for layer, rank, slot, expert in table["loaded"]:
+            slots[layer][rank][slot] = expert
+        assert len(table["lost"]) > 1 or not table["loaded"]
+        for layer, primaries in enumerate(table["primary"]):
+            assert [slots[layer][rank][slot] for rank, slot in primaries] == list(range(8))
+            assert not {found["hosts"][rank] for rank, _ in primaries} & set(table["lost"])
+
+
 def test_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "demo", "--hosts", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -84,6 +104,8 @@ def test_the_plot(tmp_path: Path) -> None:
         (["--load", "none"], "--load: found 'none', expected one of equal, uniform"),
         (["--model", "demo"], "--model: found --layers, --experts or --expert-bytes too"),
         (["--before", "missing.json"], "missing.json"),
+        (["--survivors", "1"], "--survivors: found no --json, expected it"),
+        (["--json", "--survivors", "4"], "--survivors: found 4"),
         (["--replication", "0"], "--replication: found 0, expected at least 1"),
     ],
 )
