@@ -52,7 +52,8 @@ def tiles_of(sizes: np.ndarray, block_m: int) -> Tiles:
     """The tiles of groups of these sizes, as many as any routing of so many rows may need."""
     rows, groups = int(sizes.sum()), len(sizes)
     first = np.concatenate([[0], np.cumsum(-(-sizes // ALIGN) * ALIGN)])
-    each = [(g, first[g] + j, min(block_m, n - j)) for g, n in enumerate(sizes) for j in range(0, n, block_m)]
+    per = [-(-n // max(1, -(-n // block_m) * ALIGN)) * ALIGN for n in sizes]
+    each = [(g, first[g] + j, min(per[g], n - j)) for g, n in enumerate(sizes) if n for j in range(0, n, per[g])]
     most = -(-(rows + (block_m - 1) * min(groups, rows)) // block_m)
     columns = np.zeros((3, most), np.int32)
     columns[:, : len(each)] = np.array(each, np.int32).T
@@ -79,8 +80,9 @@ def compile_all(jobs: Sequence[Callable[[], Any]], threads: int = 12) -> list[An
 
 
 def program(f: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Any:
-    """One compiled program that calls f with each of the arguments, one after the other."""
-    return jax.jit(lambda a: [f(*x) for x in a]).lower(list(arguments)).compile()
+    """One compiled program that calls f with each of the arguments, one after the other; they may be shapes only."""
+    once = jax.jit(f)  # lowered once, not for each call: a Pallas kernel takes its time
+    return jax.jit(lambda a: [once(*x) for x in a]).lower(list(arguments)).compile()
 
 
 def seconds(compiled: Any, arguments: Sequence[tuple[Any, ...]], at_least: float = 0.06, rounds: int = 3) -> float:

@@ -211,12 +211,14 @@ def assign(slot: jax.Array, groups: int, block_m: int, interpret: bool = False) 
         mine = slots == me
         rank = jnp.cumsum(mine.astype(jnp.int32)) - 1
         plt.store(place_ref.at[pair], jnp.where(mine, first + rank, -1), mask=mine | ((slots < 0) & (me == 0)))
-        done = lax.broadcasted_iota(jnp.int32, (most,), 0) * block_m
+        parts = jnp.maximum((size + block_m - 1) // block_m, 1) * ALIGN
+        each = (size + parts - 1) // parts * ALIGN
+        done = lax.broadcasted_iota(jnp.int32, (most,), 0) * each
         at = jnp.minimum(begin + lax.broadcasted_iota(jnp.int32, (most,), 0), tiles - 1)
         for ref, value in (
             (group_ref, jnp.zeros_like(done) + me),
             (row_ref, first + done),
-            (size_ref, jnp.minimum(size - done, block_m)),
+            (size_ref, jnp.minimum(size - done, each)),
         ):
             plt.store(ref.at[at], value, mask=done < size)
 

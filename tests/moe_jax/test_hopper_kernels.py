@@ -125,8 +125,10 @@ def tiles_of(sizes: list[int], block_m: int) -> tuple[np.ndarray, Any, int]:
         (Config(32, (8, 32), 2, 1, 2), True),
         (Config(64, (16, 64), 1, 2, 3, buffers=2), False),
         (Config(32, (16, 32), 1, 1, 2, cluster=2), False),
+        (Config(32, (8, 24, 32), 2, 1, 3, in_turn=True), True),
+        (Config(32, (16, 32), 2, 1, 2, cluster=2, in_turn=True), False),
     ],
-    ids=["swiglu", "down", "cluster"],
+    ids=["swiglu", "down", "cluster", "in turn", "cluster in turn"],
 )
 def test_grouped_gemm(config: Config, activate: bool, sizes: list[int], seed: int) -> None:
     blocks = to_blocks(random(seed, 2, len(sizes), 128, 256, scale=0.1), activate)
