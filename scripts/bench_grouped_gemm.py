@@ -237,7 +237,7 @@ def table(args: argparse.Namespace) -> None:
     from _gpu import GEMMS
 
     gemms = {g.name: g for g in GEMMS if args.only in g.name}
-    names = [*gemms, *(["torch"] if "torch" in args.peers else [])]
+    names = [*(["torch"] if "torch" in args.peers else []), *gemms]
     command = [sys.executable, *sys.argv, "--child"]
     children = {
         name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -257,7 +257,7 @@ def table(args: argparse.Namespace) -> None:
     print(f"copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     log = open(args.json, "w") if args.json else None  # noqa: SIM115
     failed = False
-    for name in reversed(names):
+    for name in names:
         child = children[name]
         assert child.stdin and child.stdout
         child.stdin.write("\n")
