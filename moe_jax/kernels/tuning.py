@@ -56,7 +56,7 @@ def _widths(most: int) -> tuple[int, ...]:
 
 
 def _fine(most: int) -> tuple[int, ...]:
-    return tuple(w for w in (8, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192) if w <= most)
+    return tuple(w for w in (8, 16, 32, 48, 64, 80, 96, 104, 112, 120, 128, 144, 160, 168, 176, 184, 192) if w <= most)
 
 
 def candidates(shape: Shape) -> list[Config]:
@@ -71,12 +71,10 @@ def candidates(shape: Shape) -> list[Config]:
             for consumers, stages, panel in ((2, 3, 8), (2, 4, 16), (1, 4, 8)):
                 out.append(Config(block_m, _widths(block_m), consumers, 2, stages, panel))
     elif shape.rows > 96:  # bound by arithmetic
-        for block_m, stages in ((192, 4), (128, 5), (160, 4)):
-            for panel in (8, 16):
-                out.append(Config(block_m, _fine(block_m), 2, 1, stages, panel, in_turn=True))
-        out += [replace(c, widths=c.widths[1:], cluster=2) for c in out]
-        out += [Config(192, _fine(192), 2, 1, 3, panel) for panel in (8, 16)]
-        out += [Config(128, _fine(128), 2, 1, 4, panel) for panel in (8, 16)]
+        for block_m, stages, panel in ((192, 4, 8), (128, 5, 8), (128, 6, 8), (192, 4, 4), (128, 5, 4)):
+            out.append(Config(block_m, _fine(block_m), 2, 1, stages, panel, in_turn=True))
+        out.append(replace(out[1], widths=tuple(w for w in out[1].widths if w % 16 == 0), cluster=2))
+        out += [Config(192, _fine(192), 2, 1, 3, 8), Config(128, _fine(128), 2, 1, 4, 8)]
     else:  # bound by reading weights
         for block_m in sizes:
             # Where few groups are hit, narrow tiles occupy more of the processor.
