@@ -40,9 +40,14 @@ GEMMS = (
 )
 
 
+@partial(jax.jit, static_argnames=("shape", "scale"))
+def _normal(seed: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, BF16) * BF16(scale)
+
+
 def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
     """bfloat16 random numbers, drawn on the device."""
-    return jax.jit(lambda: jax.random.normal(jax.random.key(seed), shape, BF16) * BF16(scale))()
+    return _normal(jnp.uint32(seed), shape, scale)  # were the seed no argument, XLA would draw them while it compiles
 
 
 def draw_sizes(rng: np.random.Generator, rows: int, groups: int, kind: str) -> np.ndarray:

@@ -74,7 +74,13 @@ def candidates(shape: Shape) -> list[Config]:
         for block_m, stages, panel in ((192, 4, 8), (128, 5, 8), (128, 6, 8), (192, 4, 4), (128, 5, 4)):
             out.append(Config(block_m, _fine(block_m), 2, 1, stages, panel, in_turn=True))
         out.append(replace(out[1], widths=tuple(w for w in out[1].widths if w % 16 == 0), cluster=2))
-        out += [Config(192, _fine(192), 2, 1, 3, 8), Config(128, _fine(128), 2, 1, 4, 8)]
+        both = [
+            Config(192, _fine(192), 2, 1, 3, 8),
+            Config(128, _fine(128), 2, 1, 4, 8),
+            Config(128, _fine(128), 2, 1, 4, 16),
+        ]
+        # Tiles in turn hide what follows the products, which is much where K is small, but read each row more often.
+        out = [*out, *both] if shape.k <= (2048 if shape.activate else 1024) else [*both, *out]
     else:  # bound by reading weights
         for block_m in sizes:
             # Where few groups are hit, narrow tiles occupy more of the processor.
