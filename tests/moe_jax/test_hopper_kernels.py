@@ -307,9 +307,10 @@ def test_8_bit_experts_stay_so(family: str, tmp_path: Path, monkeypatch: pytest.
         wide = from_blocks(dequantise(found[name], found[f"{name}_scales"]), name == EXPERTS[0])
         each = jnp.repeat(jnp.repeat(plain[f"{name}_scales"], 128, -1), 128, -2)
         np.testing.assert_array_equal(wide, plain[name].astype(np.float32) * each)
-    for bucket in config.buckets[:1] + config.buckets[-1:]:
-        step = programs.step(bucket, mesh).trace(*programs.arguments(Program("step", bucket, 1), mesh))
-        assert "f8E4M3FN" in step.lower(lowering_platforms=("cuda",)).as_text()
+    step = programs.step(config.buckets[0], mesh).trace(
+        *programs.arguments(Program("step", config.buckets[0], 1), mesh)
+    )
+    assert "f8E4M3FN" in step.lower(lowering_platforms=("cuda",)).as_text()
     elsewhere = Executables.of(checkpoint, replace(config, kernels="xla"), "NVIDIA H200", ProgramStore(None))
     assert not elsewhere.model.float8_experts
     assert elsewhere.types["segments"][last]["experts_down"] == jnp.bfloat16
