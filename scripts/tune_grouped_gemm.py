@@ -92,15 +92,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=tuning.TABLE)
     args = parser.parse_args()
     entries = {json.dumps(e["shape"]): e for e in json.loads(tuning.TABLE.read_text())["entries"]}
-    gemm, blocks = None, None
+    held: dict[str, jax.Array] = {}  # the weights of the shape that is being measured
     for case in cases_of([g for g in GEMMS if args.only in g.name], args.rows):
-        if case.gemm != gemm:
-            gemm, blocks = case.gemm, None
-            cut = jax.jit(partial(to_blocks, swiglu=gemm.activate))
-            blocks = cut(normal(1, 1, gemm.groups, gemm.k, gemm.columns, scale=0.02))
-        assert blocks is not None
-        print(f"{gemm.name}, {case.rows} rows", flush=True)
-        found = tune(case, blocks)
+        g = case.gemm
+        if g.name not in held:
+            held.clear()
+            plain = normal(1, 1, g.groups, g.k, g.columns, scale=0.02)
+            held[g.name] = jax.jit(partial(to_blocks, swiglu=g.activate))(plain)
+            del plain
+        print(f"{g.name}, {case.rows} rows", flush=True)
+        found = tune(case, held[g.name])
         if not found:
             continue
         new = tuning.entry(case.shape, found[0][1], found[0][0] * 1e6)
