@@ -10,6 +10,7 @@ Which experts those are is the placement's business, and what a parameter is, `m
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,18 +21,28 @@ import numpy as np
 
 from moe_jax.config import ConfigError, ModelConfig
 from moe_jax.dummy_checkpoint import DummyCheckpoint
-from moe_jax.hugging_face import HuggingFaceCheckpoint
-from moe_jax.params import Param, iterate
+from moe_jax.hugging_face import HuggingFaceCheckpoint, dequantize
+from moe_jax.params import SCALES, Param, iterate, layer_params
 from moe_jax.scratch import scratch
 from moe_jax.small import Call, direct, filled, set_row
 from moe_jax.tensor_file import CheckpointError
 
-__all__ = ["Checkpoint", "CheckpointError", "convert", "load_params", "load_slots", "open_checkpoint", "param_types"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "convert",
+    "load_params",
+    "load_slots",
+    "open_checkpoint",
+    "param_types",
+    "widened",
+]
 
 Prepare = Callable[[str, jax.Array], jax.Array]
 """(name of an expert parameter, [..., in, out], donated) -> the same as an engine's programs want it."""
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _READERS = 4  # threads; each holds an expert
 
 
@@ -69,6 +80,33 @@ def open_checkpoint(path: str | Path, load_format: Literal["auto", "dummy"] = "a
 
         return OrbaxCheckpoint(path, config)
     return HuggingFaceCheckpoint(path, config)
+
+
+class _Widened:
+    """A checkpoint with 8-bit experts as one with bfloat16 experts, for programs that multiply no others."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.config, self._checkpoint = replace(checkpoint.config, float8_experts=False), checkpoint
+        self._experts = layer_params(checkpoint.config, moe=True)
+
+    def read(self, path: tuple[Any, ...], param: Param, layer: int, expert: int | None) -> np.ndarray:
+        if not param.expert:
+            return self._checkpoint.read(path, param, layer, expert)
+        *segment, name = path
+        weights, scales = (
+            self._checkpoint.read((*segment, n), self._experts[n], layer, expert).copy() for n in (name, name + SCALES)
+        )
+        return dequantize(weights, scales)
+
+    def dtype(self, path: tuple[Any, ...], param: Param, layer: int) -> np.dtype:
+        return _BFLOAT16 if param.expert else self._checkpoint.dtype(path, param, layer)
+
+
+def widened(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with 8-bit experts multiplied by their scales, as bfloat16. (Dummy experts are drawn as such.)"""
+    if not checkpoint.config.float8_experts:
+        return checkpoint
+    return checkpoint.widened() if isinstance(checkpoint, DummyCheckpoint) else _Widened(checkpoint)
 
 
 def _declared_dtype(path: Path) -> np.dtype:
@@ -176,8 +214,8 @@ def first_moe_layers(config: ModelConfig) -> list[int]:
 def _target_dtype(
     checkpoint: Checkpoint, path: tuple[Any, ...], param: Param, dtype: str, keep_expert_dtype: bool
 ) -> np.dtype:
-    if param.float32:
-        return np.dtype(np.float32)
+    if param.float32 or param.float8:
+        return np.dtype(np.float32) if param.float32 else _FLOAT8
     if param.expert and keep_expert_dtype:
         same = [p for p in iterate(checkpoint.config) if p[0][-1] == path[-1]]  # in every segment
         stored = {checkpoint.dtype(at, p, layer) for at, p, first, n in same for layer in range(first, first + n)}

@@ -123,6 +123,7 @@ class ModelConfig:
     top_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
     eos_token_ids: tuple[int, ...] = ()
+    float8_experts: bool = False  # experts are float8_e4m3fn, with a scale for each 128 x 128 block
 
     @property
     def segments(self) -> tuple[tuple[bool, int, int], ...]:
@@ -254,7 +255,22 @@ def parse_hugging_face(raw: dict[str, Any]) -> ModelConfig:
         top_groups=top_groups,
         group_score="top2" if family == "deepseek_v3" else "max",
         eos_token_ids=_ids(raw.get("eos_token_id")),
+        float8_experts=_has_float8(f) and hidden % 128 == 0 and moe_intermediate % 128 == 0,
     )
+
+
+def _has_float8(f: _Fields) -> bool:
+    """Whether weights are e4m3 in blocks of 128 x 128, as DeepSeek-V3 publishes them. Other quantisations are refused,
+    for their tensors have other names and meanings."""
+    q = f.get("quantization_config", default={})
+    if not q:
+        return False
+    found = {name: q.get(name) for name in ("quant_method", "fmt", "weight_block_size")} if isinstance(q, dict) else q
+    if found not in [dict(quant_method="fp8", fmt=fmt, weight_block_size=[128, 128]) for fmt in ("e4m3", None)]:
+        raise ConfigError(
+            f"quantization_config: found {found}, expected quant_method 'fp8', fmt 'e4m3', weight_block_size [128, 128]"
+        )
+    return True
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -3,17 +3,22 @@
 An expert's weights depend on the seed, its layer and its number only, not on the rank or slot that holds it.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from zlib import crc32
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.params import Param
+from moe_jax.params import BLOCK, SCALES, Param
 from moe_jax.small import Call, direct
+
+_FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_MOST = float(ml_dtypes.finfo(_FLOAT8).max)
 
 
 class DummyCheckpoint:
@@ -33,7 +38,13 @@ class DummyCheckpoint:
         return np.asarray(array).reshape(param.shape)
 
     def dtype(self, path: tuple[Any, ...], param: Param, layer: int) -> np.dtype:
+        if param.float8:
+            return _FLOAT8
         return np.dtype(np.float32) if param.float32 else self._stored
+
+    def widened(self) -> "DummyCheckpoint":
+        """The same model with experts that are not 8-bit; other random numbers."""
+        return DummyCheckpoint(replace(self.config, float8_experts=False), self._stored, self._seed)
 
     def draw(
         self,
@@ -72,6 +83,10 @@ def _spread(name: str, param: Param) -> tuple[float, float]:
         return 1.0, 0.0
     if len(param.shape) == 1:
         return 0.0, 0.0
+    if param.float8:  # all of the type's range, which scales bring back
+        return 0.0, _MOST / 3**0.5
+    if name.endswith(SCALES):
+        return (param.shape[-2] * BLOCK / 3) ** -0.5 / _MOST, 0.0
     fan_in = param.shape[-1] if name == "k_up" else param.shape[-2]
     return 0.0, 0.02 if name == "embed" else fan_in**-0.5
 

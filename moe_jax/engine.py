@@ -24,7 +24,7 @@ import numpy as np
 
 from moe_jax.attention import cache_shapes
 from moe_jax.batch_input import Layout, unpack_output
-from moe_jax.checkpoint import Checkpoint, first_moe_layers, load_params, load_slots
+from moe_jax.checkpoint import Checkpoint, first_moe_layers, load_params, load_slots, widened
 from moe_jax.config import Bucket, EngineConfig
 from moe_jax.executables import Executables, Program
 from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs
@@ -94,6 +94,7 @@ class Engine:
         programs: Executables,
     ) -> None:
         """Loads what this process's ranks hold. slots [layers with experts, ranks of this process, slots] int32."""
+        checkpoint = checkpoint if programs.model.float8_experts else widened(checkpoint)
         self.model, self.config, self.checkpoint, self.programs = checkpoint.config, config, checkpoint, programs
         self.own = ExpertMesh(tuple(devices))  # this process's ranks, in any epoch
         self.slots = np.array(slots, np.int32)

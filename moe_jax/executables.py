@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from moe_jax import attention, programs
 from moe_jax.batch_input import Layout, pack_output
-from moe_jax.checkpoint import Checkpoint, param_types
+from moe_jax.checkpoint import Checkpoint, param_types, widened
 from moe_jax.config import Bucket, ConfigError, EngineConfig, ModelConfig
 from moe_jax.distributed import Loaded, load_program, serialize_program
 from moe_jax.kernels import native
@@ -60,7 +60,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Executables:
-    """The programs of one configuration. `types` is the pytree of the parameters' dtypes."""
+    """The programs of one configuration. `types` is the pytree of the parameters' dtypes. `model` has 8-bit experts
+    only where kernels multiply such."""
 
     model: ModelConfig
     engine: EngineConfig
@@ -73,19 +74,21 @@ class Executables:
     @staticmethod
     def of(checkpoint: Checkpoint, engine: EngineConfig, kind: str, store: programs.ProgramStore) -> "Executables":
         """kind: of the device, "cpu" or a GPU's name, as precisely as programs depend on it."""
+        refused = None
+        if engine.kernels == "hopper" or (engine.kernels == "auto" and kind != "cpu"):
+            from moe_jax import hopper  # Pallas takes its time to import
+
+            types = param_types(checkpoint, engine.dtype)
+            experts = [t for s in types["segments"] for name, t in s.items() if name in hopper.EXPERTS]
+            refused = hopper.refusal(checkpoint.config, engine, kind, experts)
+        kernels = choose(engine.kernels, kind, refused)
+        checkpoint = checkpoint if kernels == "hopper" else widened(checkpoint)
         platform = "cpu" if kind == "cpu" else "cuda"
         types = param_types(checkpoint, engine.dtype)
         types["segments"] = [
             {n: prepared_dtype(t, platform) if n.startswith("experts_") else t for n, t in segment.items()}
             for segment in types["segments"]
         ]
-        refused = None
-        if engine.kernels == "hopper" or (engine.kernels == "auto" and kind != "cpu"):
-            from moe_jax import hopper  # Pallas takes its time to import
-
-            experts = [t for s in types["segments"] for name, t in s.items() if name.startswith("experts_")]
-            refused = hopper.refusal(checkpoint.config, engine, kind, experts)
-        kernels = choose(engine.kernels, kind, refused)
         return Executables(checkpoint.config, replace(engine, kernels=kernels), types, kind, store)
 
     def prepare(self, name: str, weights: jax.Array) -> jax.Array:

@@ -14,12 +14,14 @@ from jax import lax
 from moe_jax.attention import Cache, Entries
 from moe_jax.config import EngineConfig, ModelConfig
 from moe_jax.kernels import decode
-from moe_jax.kernels.grouped_gemm import block_rows, to_blocks
+from moe_jax.kernels.grouped_gemm import scales_to_blocks, to_blocks
 from moe_jax.kernels.paged_attention import LOG2E, PAGE, ROWS, Queries, choose_splits, merge, paged_attention
+from moe_jax.params import SCALES
 from moe_jax.small import Call
 
 # A layer's weights are cut out of their stack by XLA's fusions around cuBLAS; for Triton's products they are copied.
 OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+EXPERTS = ("experts_gate_up", "experts_down")
 GPUS = ("H100", "H200", "H800", "H20", "GH200")  # in the name of the device
 
 
@@ -38,28 +40,34 @@ def refusal(model: ModelConfig, engine: EngineConfig, kind: str, types: list[np.
         return f"page_size {engine.page_size}, expected {PAGE}"
     if odd := {name: size for name, size in sizes.items() if size % 64}:
         return f"{odd}, expected multiples of 64"
-    if odd := {str(t) for t in types if t != jnp.bfloat16}:
-        return f"expert weights in {', '.join(sorted(odd))}, expected bfloat16"
+    if odd := {str(t) for t in types if t not in (jnp.bfloat16, jnp.float8_e4m3fn)}:
+        return f"expert weights in {', '.join(sorted(odd))}, expected bfloat16 or float8_e4m3fn"
     return None
 
 
 def prepare(name: str, weights: jax.Array, call: Call) -> jax.Array:
-    """Expert weights [..., K, N], named as in `params`, as the kernels read them. Those given are deleted."""
-    blocks = call(blocks_of, next(iter(weights.devices())), weights, swiglu=name == "experts_gate_up")
+    """Expert weights [..., K, N] or their scales, named as in `params`, as the kernels read them. Those given are
+    deleted."""
+    blocks = call(blocks_of, next(iter(weights.devices())), weights, name=name)
     weights.delete()
     return blocks
 
 
-@partial(jax.jit, static_argnames="swiglu")
-def blocks_of(weights: jax.Array, swiglu: bool) -> jax.Array:
-    return to_blocks(weights, swiglu)
+@partial(jax.jit, static_argnames="name")
+def blocks_of(weights: jax.Array, name: str) -> jax.Array:
+    to = to_blocks if name in EXPERTS else scales_to_blocks
+    return to(weights, name.startswith(EXPERTS[0]))
 
 
 def prepared_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that `prepare` gives."""
-    *lead, k, n = shape
-    b = block_rows(n, name == "experts_gate_up")
-    return (*lead, n // b, k // 64, b, 64)
+    return jax.eval_shape(partial(blocks_of, name=name), jax.ShapeDtypeStruct(shape, jnp.bfloat16)).shape
+
+
+def scales(experts: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array] | None:
+    """Of a segment's experts, where they are 8-bit."""
+    up, down = (experts.get(f"{name}{SCALES}") for name in EXPERTS)
+    return None if up is None or down is None else (up, down)
 
 
 def finite(new: Cache) -> Cache:

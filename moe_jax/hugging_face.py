@@ -14,10 +14,9 @@ import ml_dtypes
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.params import Param, Source, iterate
+from moe_jax.params import BLOCK, Param, Source, iterate
 from moe_jax.tensor_file import FLOATS, CheckpointError, TensorFile
 
-BLOCK = 128  # an fp8 weight has one float32 scale per 128 x 128 block
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -34,7 +33,7 @@ class HuggingFaceCheckpoint:
     def read(self, path: tuple[Any, ...], param: Param, layer: int, expert: int | None) -> np.ndarray:
         source, names = self._source(param, layer, expert)
         index = expert if source.fused else None
-        array = source.build(*(self._read_tensor(name, index) for name in names))
+        array = source.build(*(self._read_tensor(name, index, param.float8) for name in names))
         if param.float32 and not np.isfinite(array).all():
             bad = np.count_nonzero(~np.isfinite(array))
             raise CheckpointError(
@@ -43,6 +42,8 @@ class HuggingFaceCheckpoint:
         return array
 
     def dtype(self, path: tuple[Any, ...], param: Param, layer: int) -> np.dtype:
+        if param.float8:
+            return FLOATS["F8_E4M3"]
         _, names = self._source(param, layer, 0)
         stored = [FLOATS[self._files[name].tensors[name].dtype] for name in names]
         return np.result_type(*(_BFLOAT16 if d.itemsize == 1 else d for d in stored))
@@ -71,8 +72,8 @@ class HuggingFaceCheckpoint:
                     if used.issuperset(names):
                         break  # fused: one tensor for all experts
                     for name, shape in zip(names, source.shapes, strict=True):
-                        self._expect(name, shape, tuple(FLOATS))
-                        if self._files[name].tensors[name].dtype == "F8_E4M3":
+                        self._expect(name, shape, ("F8_E4M3",) if param.float8 else tuple(FLOATS))
+                        if self._files[name].tensors[name].dtype == "F8_E4M3":  # of experts, scales are parameters, too
                             used.add(self._check_scale(name, shape))
                     used.update(names)
         return used
@@ -93,9 +94,9 @@ class HuggingFaceCheckpoint:
             expected = " or ".join(dtypes)
             raise CheckpointError(f"{file.path}: tensor {name}: expected dtype {expected}, found {found.dtype}")
 
-    def _read_tensor(self, name: str, index: int | None) -> np.ndarray:
+    def _read_tensor(self, name: str, index: int | None, narrow: bool) -> np.ndarray:
         array = self._files[name].read(name, index)
-        if array.dtype.itemsize > 1:
+        if narrow or array.dtype.itemsize > 1:
             return array
         scale = f"{name}_scale_inv"
         return dequantize(array, self._files[scale].read(scale, index))

@@ -201,7 +201,7 @@ def layer(
     """One layer over the rows x [T, H]; real [T] tells rows from padding. `index` counts the model's layers, p.index
     the segment's. experts and table are the segment's; decode_items are hopper's, if it is used. Returns x, the layer's
     new keys and values, and the experts that each row chose [T, top_k], -1 for padding; [T, 0] without experts."""
-    run, c = p.run, p.run.model
+    run, c, scales = p.run, p.run.model, None
     qkv = project_latent if c.latent else project
     q, new = run.tiles(partial(qkv, p), e.num_tiles, x, turn)
     value_dim = c.latent.kv_rank if c.latent else c.head_dim
@@ -210,7 +210,7 @@ def layer(
     elif run.kernels == "hopper":
         from moe_jax import hopper
 
-        new = new if run.fused else hopper.finite(new)
+        new, scales = new if run.fused else hopper.finite(new), hopper.scales(experts or {})
         a = hopper.attend(q, new, cache, index, decode_items, e, value_dim, run.row_tile, run.prefill, run.fused)
     elif run.straight:
         a = attend_gathered(q, new, cache, index, position, e, value_dim, run.row_tile, run.prefill)
@@ -235,7 +235,7 @@ def layer(
         scores = jnp.dot(h, p.params["router"], preferred_element_type=jnp.float32)
         slots, weights, ids = decode.route(scores, table, p.index, real, c)
         stacks = experts["experts_gate_up"], experts["experts_down"]
-        return hopper_ffn(h, slots, weights, *stacks, p.index, residual=x), new, ids
+        return hopper_ffn(h, slots, weights, *stacks, p.index, scales=scales, residual=x), new, ids
     after = run.tiles(after_attention, e.num_tiles, x, a)
     if experts is None:
         return after, new, jnp.zeros((x.shape[0], 0), jnp.int32)
@@ -256,6 +256,7 @@ def layer(
         deterministic=run.deterministic,
         residual=x,
         hopper=run.kernels == "hopper",
+        scales=scales,
     )
     return x, new, ids
 

@@ -112,6 +112,7 @@ def moe(
     residual: jax.Array,
     ffn: Callable[..., jax.Array] = expert_ffn,
     hopper: bool = False,
+    scales: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """The weighted sum of each row's experts, and `residual` [T, H], [T, H].
 
@@ -119,7 +120,7 @@ def moe(
     in all layers with experts, of which this is number `layer`; table [E, R] of global slots, mesh position * S + slot.
     Deterministic: each expert's output crosses the mesh on its own (adding the other ranks' zeros is exact) and the C
     of them are summed in the router's order; otherwise they are summed before, which moves C times less.
-    hopper: by `hopper_ffn` in place of `ffn`, gate_up and down being in its layout.
+    hopper: by `hopper_ffn` in place of `ffn`, gate_up and down, and the scales of 8-bit ones, being in its layout.
     """
     slots = gate_up.shape[1]
     if x.dtype == jnp.float32:  # one collective instead of three; ids are exact in float32
@@ -134,7 +135,7 @@ def moe(
     if hopper:
         from moe_jax.kernels.hopper_ffn import hopper_ffn  # Pallas takes its time to import
 
-        run = partial(hopper_ffn, everyone, slot, all_weights, gate_up, down, layer, 1 / dispatch.ranks)
+        run = partial(hopper_ffn, everyone, slot, all_weights, gate_up, down, layer, 1 / dispatch.ranks, scales)
         return run(residual=residual) if dispatch.ranks == 1 else residual + dispatch.reduce(run())
     y = ffn(everyone, slot, gate_up, down, layer, tile)
     if deterministic:

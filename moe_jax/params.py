@@ -9,7 +9,7 @@ Expert matrices have one more axis, [layers, slots, in, out], and `slots` is the
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,13 @@ class Param:
     sources: tuple[Source, ...]  # alternatives: the first whose tensors all exist is used
     expert: bool = False
     float32: bool = False  # kept in float32 whatever the rest is
+    float8: bool = False  # float8_e4m3fn, to be multiplied with the parameter of the same name and SCALES
 
 
 LayerParams = dict[str, Param]
+
+SCALES = "_scales"
+BLOCK = 128  # rows and columns of 8-bit weights that share a float32 scale
 
 
 def _transpose(*arrays: np.ndarray) -> np.ndarray:
@@ -146,6 +150,7 @@ def _moe(c: ModelConfig) -> LayerParams:
                 Source((f"{fused}gate_up_proj",), ((n, 2 * inner, hidden),), _transpose, fused=True),
             ),
             expert=True,
+            float8=c.float8_experts,
         ),
         "experts_down": Param(
             (inner, hidden),
@@ -154,14 +159,30 @@ def _moe(c: ModelConfig) -> LayerParams:
                 Source((f"{fused}down_proj",), ((n, hidden, inner),), _transpose, fused=True),
             ),
             expert=True,
+            float8=c.float8_experts,
         ),
     }
+    if c.float8_experts:
+        p |= {f"{name}{SCALES}": _scales(p[name]) for name in ("experts_gate_up", "experts_down")}
     if c.routing_bias:
         p["router_bias"] = _vector(f"{at}gate.e_score_correction_bias", n, float32=True)
     if c.shared_intermediate_size:
         shared = _mlp(f"{at}shared_experts.", hidden, c.shared_intermediate_size)
         p |= {f"shared_{name}": param for name, param in shared.items()}
     return p
+
+
+def _scales(weights: Param) -> Param:
+    """The scales of 8-bit weights: a number for each block."""
+
+    def blocks(shape: Shape) -> Shape:
+        return (*shape[:-2], *(-(-n // BLOCK) for n in shape[-2:]))
+
+    sources = (
+        replace(s, names=tuple(f"{n}_scale_inv" for n in s.names), shapes=tuple(map(blocks, s.shapes)))
+        for s in weights.sources
+    )
+    return Param(blocks(weights.shape), tuple(sources), expert=True, float32=True)
 
 
 def layer_params(c: ModelConfig, moe: bool) -> LayerParams:

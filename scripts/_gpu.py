@@ -1,17 +1,20 @@
 """What the GPU benchmarks share: timing of many calls in one program, the card's ceilings, drawn routings, poison."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.kernels.grouped_gemm import ALIGN, Tiles
+from moe_jax.kernels.grouped_gemm import Tiles, from_blocks, swiglu
+from moe_jax.kernels.routing import cut_tiles
 
 BF16 = jnp.bfloat16
 
@@ -37,9 +40,14 @@ GEMMS = (
 )
 
 
+@partial(jax.jit, static_argnames=("shape", "scale"))
+def _normal(seed: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, BF16) * BF16(scale)
+
+
 def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
     """bfloat16 random numbers, drawn on the device."""
-    return jax.jit(lambda: jax.random.normal(jax.random.key(seed), shape, BF16) * BF16(scale))()
+    return _normal(jnp.uint32(seed), shape, scale)  # were the seed no argument, XLA would draw them while it compiles
 
 
 def draw_sizes(rng: np.random.Generator, rows: int, groups: int, kind: str) -> np.ndarray:
@@ -48,16 +56,38 @@ def draw_sizes(rng: np.random.Generator, rows: int, groups: int, kind: str) -> n
     return rng.multinomial(rows, p / p.sum())
 
 
+@partial(jax.jit, static_argnums=(1, 2))
+def _cut(sizes: jax.Array, rows: int, block_m: int) -> Tiles:
+    return cut_tiles(sizes, rows, block_m)
+
+
 def tiles_of(sizes: np.ndarray, block_m: int) -> Tiles:
     """The tiles of groups of these sizes, as many as any routing of so many rows may need."""
-    rows, groups = int(sizes.sum()), len(sizes)
-    first = np.concatenate([[0], np.cumsum(-(-sizes // ALIGN) * ALIGN)])
-    each = [(g, first[g] + j, min(block_m, n - j)) for g, n in enumerate(sizes) for j in range(0, n, block_m)]
-    most = -(-(rows + (block_m - 1) * min(groups, rows)) // block_m)
-    columns = np.zeros((3, most), np.int32)
-    columns[:, : len(each)] = np.array(each, np.int32).T
-    group, row, size = (jnp.asarray(c) for c in columns)
-    return Tiles(group, row, size, jnp.int32(len(each)))
+    return _cut(jnp.asarray(sizes, jnp.int32), int(sizes.sum()), block_m)
+
+
+def worst_error(x: jax.Array, blocks: jax.Array, tiles: Tiles, y: jax.Array, block_m: int, activate: bool) -> jax.Array:
+    """The largest relative error of a tile of y, against float32; infinite where y is not a number."""
+
+    def one(i: jax.Array, most: jax.Array) -> jax.Array:
+        at = jnp.arange(block_m)
+        live = (at < tiles.size[i])[:, None]
+        a, found = (v.at[tiles.row[i] + at].get(mode="clip").astype(jnp.float32) for v in (x, y))
+        w = from_blocks(blocks[0, tiles.group[i]], activate).astype(jnp.float32)
+        expected = jnp.dot(a, w, precision="highest")
+        expected = jnp.where(live, swiglu(expected) if activate else expected, 0)
+        apart = jnp.linalg.norm(jnp.where(live, found, 0) - expected) / jnp.linalg.norm(expected)
+        return jnp.maximum(most, jnp.where(apart < jnp.inf, apart, jnp.inf))
+
+    return jax.lax.fori_loop(0, tiles.count, one, jnp.float32(0))
+
+
+def check(x: Any, blocks: Any, tiles: Any, block_m: int, activate: bool) -> Any:
+    """`worst_error` compiled for arguments of these shapes; it is called with x, blocks, tiles and y."""
+    columns = math.prod(blocks.shape[2:-1:2]) // (2 if activate else 1)
+    y = jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype)
+    f = jax.jit(partial(worst_error, block_m=block_m, activate=activate))
+    return f.lower(x, blocks, tiles, y).compile({"xla_gpu_enable_triton_gemm": False})
 
 
 def poison() -> None:
@@ -79,16 +109,19 @@ def compile_all(jobs: Sequence[Callable[[], Any]], threads: int = 12) -> list[An
 
 
 def program(f: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Any:
-    """One compiled program that calls f with each of the arguments, one after the other."""
-    return jax.jit(lambda a: [f(*x) for x in a]).lower(list(arguments)).compile()
+    """One compiled program that calls f with each of the arguments, one after the other; they may be shapes only."""
+    once = jax.jit(f)  # lowered once, not for each call: a Pallas kernel takes its time
+    return jax.jit(lambda a: [once(*x) for x in a]).lower(list(arguments)).compile()
 
 
 def seconds(compiled: Any, arguments: Sequence[tuple[Any, ...]], at_least: float = 0.06, rounds: int = 3) -> float:
     """Wall time of one call among many without a pause, the median of the rounds; the card gets as warm as at work."""
 
     def run(n: int) -> float:
-        begun = time.perf_counter()
-        jax.block_until_ready([compiled(list(arguments)) for _ in range(n)][-1])
+        begun, last = time.perf_counter(), None
+        for _ in range(n):
+            last = compiled(list(arguments))  # only one result is kept: many would fill the memory
+        jax.block_until_ready(last)
         return (time.perf_counter() - begun) / n
 
     run(2)

@@ -6,16 +6,20 @@ bfloat16, random data, another routing in each of a program's calls. Time is wal
 pause (torch: of a CUDA graph's). Ours includes SwiGLU in the up GEMMs, peers only multiply. TFLOP/s count useful rows,
 "padded" what is multiplied in fact; TB/s count x, y and the hit groups' weights once. "of the ceiling" is the greater
 of padded TFLOP/s over cuBLAS's and of TB/s over a copy's, both measured first. Errors are relative, against float32,
-of memory poisoned with NaN. Peers that are not installed are left out, and named.
+of memory poisoned with NaN, the worst of all tiles. Peers that are not installed are left out, and named.
+
+Each shape has a process, all of which compile at once; then they measure, one after the other.
 """
 
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,8 +28,8 @@ import numpy as np
 
 ROWS = [1, 8, 64, 512, 2048, 16384, 65536]
 PEERS = ("torch", "tokamax", "ragged_dot_mgpu", "ragged_dot")
-MGPU = [(64, 128, 64, 4, 4), (128, 256, 64, 4, 8)]  # block m, n, k, stages, panel
 DENSE_FLOPS = 2e13  # `lax.ragged_dot` computes every group for every row: left out above so many
+MGPU = [(64, 128, 64, 4, 4), (128, 256, 64, 4, 8)]  # block m, n, k, stages, panel
 
 
 @dataclass(frozen=True)
@@ -35,27 +39,35 @@ class Line:
     kind: str
     name: str
     seconds: float
-    flops: float
-    padded: float
-    bytes: float
+    padded: float = 0.0  # rows that are multiplied in fact, 0: those that are useful
     error: float = float("nan")
 
 
 def calls_of(rows: int) -> int:
     """Calls in a program: many of what is short."""
-    return 2 if rows > 8192 else 4
+    return 1 if rows > 32768 else 2 if rows > 8192 else 4 if rows > 512 else 12
 
 
-def torch_times(cases: list[dict[str, Any]]) -> None:
+def drawn(case: str, rows: int, kind: str, groups: int) -> list[np.ndarray]:
+    """Rows of each group in each call; the same in every process."""
+    from _gpu import draw_sizes
+
+    rng = np.random.default_rng([*case.encode(), rows, *kind.encode()])
+    return [draw_sizes(rng, rows, groups, kind) for _ in range(calls_of(rows))]
+
+
+def torch_times(kinds: Sequence[str], rows: Sequence[int], only: str) -> None:
     """In a process of its own, because two frameworks do not share a card's memory well. Prints a line of JSON each."""
     import torch
+    from _gpu import GEMMS
 
-    for case in cases:
-        groups, k, n, rows = case["groups"], case["k"], case["columns"], case["rows"]
-        w = torch.randn(groups, n, k, device="cuda", dtype=torch.bfloat16).mul_(0.02).transpose(1, 2)
-        for sizes in case["sizes"]:
-            x = [torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for _ in sizes["calls"]]
-            offsets = [torch.tensor(np.cumsum(s), device="cuda", dtype=torch.int32) for s in sizes["calls"]]
+    begin_when_told()
+    for g, n_rows in ((g, n) for g in GEMMS if only in g.name for n in rows):
+        w = torch.randn(g.groups, g.columns, g.k, device="cuda", dtype=torch.bfloat16).mul_(0.02).transpose(1, 2)
+        for kind in kinds:
+            sizes = drawn(g.name, n_rows, kind, g.groups)
+            x = [torch.randn(n_rows, g.k, device="cuda", dtype=torch.bfloat16) for _ in sizes]
+            offsets = [torch.tensor(np.cumsum(s), device="cuda", dtype=torch.int32) for s in sizes]
 
             def run(x: list[Any] = x, offsets: list[Any] = offsets, w: Any = w) -> None:
                 for a, o in zip(x, offsets, strict=True):
@@ -77,7 +89,7 @@ def torch_times(cases: list[dict[str, Any]]) -> None:
                 torch.cuda.synchronize()
                 times.append(begin.elapsed_time(end) / n_runs)
             found = float(np.median(times[1:])) / len(x) * 1e-3
-            print(json.dumps([case["name"], rows, sizes["kind"], found]), flush=True)
+            print(json.dumps(vars(Line(g.name, n_rows, kind, "torch._grouped_mm", found))), flush=True)
 
 
 def peers(names: list[str]) -> dict[str, Callable[..., Any]]:
@@ -104,8 +116,98 @@ def peers(names: list[str]) -> dict[str, Callable[..., Any]]:
                 tokamax.ragged_dot, preferred_element_type=jnp.bfloat16, implementation="mosaic"
             )
         except ImportError as e:
-            print(f"left out: tokamax ({e})")
+            print(f"left out: tokamax ({e})", file=sys.stderr)
     return found
+
+
+def measure_ceilings() -> None:
+    """Prints FLOP/s of cuBLAS, bytes/s of a copy, and what the device is."""
+    import jax
+    from _gpu import ceilings
+
+    begin_when_told()
+    print(json.dumps([*ceilings(), f"{jax.devices()[0].device_kind}, jax {jax.__version__}"]))
+
+
+def begin_when_told() -> None:
+    print("ready", flush=True)
+    if not sys.stdin.readline():
+        sys.exit("the parent has ended")
+
+
+def jax_times(args: argparse.Namespace) -> None:
+    """Ours and JAX's peers at one shape; prints a line of JSON each."""
+    import jax
+    import jax.numpy as jnp
+    from _gpu import GEMMS, check, compile_all, normal, poison, program, seconds, tiles_of
+
+    from moe_jax.kernels import tuning
+    from moe_jax.kernels.grouped_gemm import Config, grouped_gemm, to_blocks
+    from moe_jax.kernels.routing import padded_rows
+
+    (g,) = (g for g in GEMMS if g.name == args.child)
+    cut = jax.jit(partial(to_blocks, swiglu=g.activate))
+    like = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    plain = like((g.groups, g.k, g.columns))
+    blocks = jax.eval_shape(cut, like((1, *plain.shape)))
+    layer = jnp.int32(0)
+
+    configs: dict[int, Config] = {}
+    jobs: list[Callable[[], Any]] = []
+    names: list[tuple[int, str]] = []
+    theirs = peers(args.peers)
+    for rows in args.rows:
+        shape = tuning.Shape(g.groups, g.k, g.columns, max(1, rows // g.groups), g.activate)
+        configs[rows] = c = tuning.best(shape)
+        x, n = like((padded_rows(rows, g.groups), g.k)), calls_of(rows)
+        tiles = tiles_of(drawn(g.name, rows, args.kinds[0], g.groups)[0], c.block_m)
+        jobs.append(
+            partial(program, partial(grouped_gemm, config=c, activate=g.activate), [(x, blocks, tiles, layer)] * n)
+        )
+        jobs.append(partial(check, x, blocks, tiles, c.block_m, g.activate))
+        names += [(rows, "ours"), (rows, "check")]
+        for name, f in theirs.items():
+            if name == "lax.ragged_dot" and 2.0 * rows * g.k * g.columns * g.groups > DENSE_FLOPS:
+                continue
+            arguments = like((rows, g.k)), plain, jax.ShapeDtypeStruct((g.groups,), jnp.int32)
+            jobs.append(partial(program, f, [arguments] * n))
+            names.append((rows, name))
+    begun = time.perf_counter()
+    built = dict(zip(names, compile_all(jobs, args.threads), strict=True))
+    print(f"{g.name}: {len(jobs)} programs in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+
+    begin_when_told()
+    weights = normal(1, 1, *plain.shape, scale=0.02)
+    w_blocks, w_plain = cut(weights), weights[0]
+    del weights
+    for rows in args.rows:
+        c = configs[rows]
+        xs = [normal(i, padded_rows(rows, g.groups), g.k) for i in range(calls_of(rows))]
+        bare = [x[:rows] for x in xs]
+        for kind in args.kinds:
+            sizes = drawn(g.name, rows, kind, g.groups)
+            ours = [(x, w_blocks, tiles_of(s, c.block_m), layer) for x, s in zip(xs, sizes, strict=True)]
+            peer = [(x, w_plain, jnp.asarray(s, jnp.int32)) for x, s in zip(bare, sizes, strict=True)]
+            for name in ("ours", *theirs):
+                compiled, padded, error = built.get((rows, name)), 0.0, float("nan")
+                if compiled is None:
+                    continue
+                if isinstance(compiled, Exception):
+                    print(f"{g.name} {rows} {name}: {type(compiled).__name__} {str(compiled)[:200]}", file=sys.stderr)
+                    continue
+                if name == "ours":
+                    each = [np.asarray(a[2].size)[: int(a[2].count)] for a in ours]
+                    padded = float(np.mean([sum(next(w for w in c.widths if w >= s) for s in t) for t in each]))
+                    poison()
+                    ys = compiled(ours)
+                    error = max(float(built[rows, "check"](*a[:3], y)) for a, y in zip(ours[:2], ys, strict=False))
+                    del ys
+                try:
+                    found = seconds(compiled, ours if name == "ours" else peer)
+                except Exception as e:  # noqa: BLE001  a peer that fails is a row less
+                    print(f"{g.name} {rows} {name}: {type(e).__name__} {str(e)[:200]}", file=sys.stderr)
+                    continue
+                print(json.dumps(vars(Line(g.name, rows, kind, name, found, padded, error))), flush=True)
 
 
 def main() -> None:
@@ -115,130 +217,72 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["uniform", "zipf"])
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--json", help="also write lines of JSON to this file")
-    parser.add_argument("--torch-cases", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=3, help="that each shape's process compiles with")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.torch_cases:
-        torch_times(json.loads(sys.stdin.read()))
-        return
     warnings.simplefilter("ignore")
+    if args.child == "ceilings":
+        measure_ceilings()
+    elif args.child == "torch":
+        torch_times(args.kinds, args.rows, args.only)
+    elif args.child:
+        jax_times(args)
+    else:
+        table(args)
 
-    from _gpu import GEMMS, draw_sizes
 
-    rng = np.random.default_rng(0)
-    drawn = {
-        (g.name, rows, kind): [draw_sizes(rng, rows, g.groups, kind) for _ in range(calls_of(rows))]
-        for g in GEMMS
-        if args.only in g.name
-        for rows in args.rows
-        for kind in args.kinds
+def table(args: argparse.Namespace) -> None:
+    # Processes that share a card take of its memory what they use, and leave some.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.15"
+    from _gpu import GEMMS
+
+    gemms = {g.name: g for g in GEMMS if args.only in g.name}
+    names = ["ceilings", *(["torch"] if "torch" in args.peers else []), *gemms]
+    command = [sys.executable, *sys.argv, "--child"]
+    children = {
+        name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in names
     }
-    torch_found: dict[tuple[str, int, str], float] = {}
-    if "torch" in args.peers:
-        cases = [
-            {**vars(g), "rows": rows}
-            | {"sizes": [{"kind": k, "calls": [s.tolist() for s in drawn[g.name, rows, k]]} for k in args.kinds]}
-            for g in GEMMS
-            if args.only in g.name
-            for rows in args.rows
-        ]
-        child = subprocess.run(
-            [sys.executable, __file__, "--torch-cases", "-"], input=json.dumps(cases), capture_output=True, text=True
-        )
-        for text in child.stdout.splitlines():
-            name, rows, kind, t = json.loads(text)
-            torch_found[name, rows, kind] = t
-        if child.returncode:
-            print("torch:", child.stderr[-300:])
-    measure(args, drawn, torch_found)
-
-
-def measure(
-    args: argparse.Namespace,
-    drawn: dict[tuple[str, int, str], list[np.ndarray]],
-    torch_found: dict[tuple[str, int, str], float],
-) -> None:
-    import jax
-    import jax.numpy as jnp
-    from _gpu import GEMMS, ceilings, compile_all, normal, poison, program, seconds, tiles_of
-
-    from moe_jax.kernels import tuning
-    from moe_jax.kernels.grouped_gemm import from_blocks, grouped_gemm, swiglu, to_blocks
-    from moe_jax.kernels.routing import padded_rows
-
-    flops, bandwidth = ceilings()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: cuBLAS {flops / 1e12:.0f} TFLOP/s, ", end="")
-    print(f"copy {bandwidth / 1e12:.2f} TB/s")
+    begun = time.perf_counter()
+    for child in children.values():
+        assert child.stdout
+        child.stdout.readline()
+    print(f"compiled in {time.perf_counter() - begun:.0f} s")
+    flops = bandwidth = 1.0
     log = open(args.json, "w") if args.json else None  # noqa: SIM115
-
-    def show(line: Line) -> None:
-        ceiling = max(line.padded / line.seconds / flops, line.bytes / line.seconds / bandwidth)
-        print(
-            f"{line.case:17s} {line.rows:6d} {line.kind:8s} {line.name:28s} {line.seconds * 1e6:9.1f} us "
-            f"{line.flops / line.seconds / 1e12:6.0f} TFLOP/s, padded {line.padded / line.seconds / 1e12:4.0f} "
-            f"{line.bytes / line.seconds / 1e12:5.2f} TB/s {ceiling:5.0%} of the ceiling"
-            + (f", error {line.error:.1e}" if line.error == line.error else ""),
-            flush=True,
-        )
-        if log:
-            print(json.dumps(vars(line) | {"ceiling": ceiling}), file=log, flush=True)
-
-    for g in (g for g in GEMMS if args.only in g.name):
-        plain = normal(1, 1, g.groups, g.k, g.columns, scale=0.02)
-        blocks, plain = jax.jit(partial(to_blocks, swiglu=g.activate))(plain), plain[0]
-        width = g.columns // (2 if g.activate else 1)
-        jobs: list[tuple[Any, ...]] = []
-        for rows in args.rows:
-            config = tuning.best(tuning.Shape(g.groups, g.k, g.columns, max(1, rows // g.groups), g.activate))
-            xs = [normal(i, padded_rows(rows, g.groups), g.k) for i in range(calls_of(rows))]
-            bare = [x[:rows] for x in xs]
-            ready, drawings = [], []
-            for kind in args.kinds:
-                sizes = drawn[g.name, rows, kind]
-                ready.append([(x, blocks, tiles_of(s, config.block_m), jnp.int32(0)) for x, s in zip(xs, sizes)])  # noqa: B905
-                drawings.append([(x, plain, jnp.asarray(s, jnp.int32)) for x, s in zip(bare, sizes)])  # noqa: B905
-            jobs.append((rows, "ours", partial(grouped_gemm, config=config, activate=g.activate), ready, config))
-            for name, f in peers(args.peers).items():
-                if name != "lax.ragged_dot" or 2 * rows * g.k * g.columns * g.groups < DENSE_FLOPS:
-                    jobs.append((rows, name, f, drawings, None))
-        programs = compile_all([partial(program, f, a[0]) for _, _, f, a, _ in jobs])
-        for (rows, name, _, drawings, config), compiled in zip(jobs, programs, strict=True):
-            for kind, arguments in zip(args.kinds, drawings, strict=True):
-                sizes = drawn[g.name, rows, kind]
-                fl = 2.0 * rows * g.k * g.columns
-                padded, out = fl, g.columns
-                if config is not None:
-                    out = width
-                    tiles = [np.asarray(a[2].size)[: int(a[2].count)] for a in arguments]
-                    rounded = [sum(next(w for w in config.widths if w >= s) for s in t) for t in tiles]
-                    padded = 2.0 * float(np.mean(rounded)) * g.k * g.columns
-                hit = float(np.mean([(s > 0).sum() for s in sizes]))
-                moved = 2.0 * (rows * (g.k + out) + hit * g.k * g.columns)
-                if isinstance(compiled, Exception):
-                    print(
-                        f"{g.name:17s} {rows:6d} {kind:8s} {name:28s} {type(compiled).__name__}: {str(compiled)[:90]}"
-                    )
-                    continue
-                error = float("nan")
-                if config is not None:
-                    poison()
-                    y, (x, _, tiles0, _) = compiled(list(arguments))[0], arguments[0]
-                    last = int(tiles0.count) - 1
-                    errors = []
-                    for i in {0, last // 2, last}:
-                        group, row, n = (int(a[i]) for a in (tiles0.group, tiles0.row, tiles0.size))
-                        w = from_blocks(blocks[0, group], g.activate).astype(jnp.float32)
-                        expected = jnp.dot(x[row : row + n].astype(jnp.float32), w, precision="highest")
-                        expected = swiglu(expected) if g.activate else expected
-                        apart = jnp.linalg.norm(y[row : row + n].astype(jnp.float32) - expected)
-                        errors.append(float(apart / jnp.linalg.norm(expected)))
-                    error = max(errors) if all(e == e for e in errors) else float("inf")
-                show(Line(g.name, rows, kind, name, seconds(compiled, arguments), fl, padded, moved, error))
-        for (name, rows, kind), t in torch_found.items():
-            if name == g.name:
-                hit = float(np.mean([(s > 0).sum() for s in drawn[name, rows, kind]]))
-                moved = 2.0 * (rows * (g.k + g.columns) + hit * g.k * g.columns)
-                fl = 2.0 * rows * g.k * g.columns
-                show(Line(name, rows, kind, "torch._grouped_mm", t, fl, fl, moved))
+    failed = False
+    for name in names:
+        child = children[name]
+        assert child.stdin and child.stdout
+        child.stdin.write("\n")
+        child.stdin.flush()
+        for text in child.stdout:
+            if name == "ceilings":
+                flops, bandwidth, device = json.loads(text)
+                print(f"{device}: cuBLAS {flops / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
+                continue
+            line = Line(**json.loads(text))
+            g = gemms[line.case]
+            sizes = drawn(line.case, line.rows, line.kind, g.groups)
+            columns = g.columns // (2 if g.activate and line.name == "ours" else 1)
+            hit = float(np.mean([(s > 0).sum() for s in sizes]))
+            moved = 2.0 * (line.rows * (g.k + columns) + hit * g.k * g.columns)
+            work = 2.0 * g.k * g.columns
+            useful, padded = work * line.rows, work * (line.padded or line.rows)
+            ceiling = max(padded / line.seconds / flops, moved / line.seconds / bandwidth)
+            print(
+                f"{line.case:17s} {line.rows:6d} {line.kind:8s} {line.name:28s} {line.seconds * 1e6:9.1f} us "
+                f"{useful / line.seconds / 1e12:6.1f} TFLOP/s, padded {padded / line.seconds / 1e12:6.1f} "
+                f"{moved / line.seconds / 1e12:5.2f} TB/s {ceiling:5.0%} of the ceiling"
+                + (f", error {line.error:.1e}" if line.error == line.error else ""),
+                flush=True,
+            )
+            if log:
+                print(json.dumps(vars(line) | {"bytes": moved, "ceiling": ceiling}), file=log, flush=True)
+        failed |= child.wait() != 0
+    if failed:
+        sys.exit("a process failed; its message stands above")
 
 
 if __name__ == "__main__":

@@ -7,50 +7,80 @@ Every candidate's result is compared with float32 before it may win. Entries of 
 
 import argparse
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _gpu import GEMMS, Gemm, compile_all, draw_sizes, normal, poison, program, seconds, tiles_of
+from _gpu import GEMMS, Gemm, check, compile_all, draw_sizes, normal, poison, program, seconds, tiles_of
 
 from moe_jax.kernels import tuning
-from moe_jax.kernels.grouped_gemm import from_blocks, grouped_gemm, swiglu, to_blocks
+from moe_jax.kernels.grouped_gemm import grouped_gemm, to_blocks
 from moe_jax.kernels.routing import padded_rows
 
 
-def tune(gemm: Gemm, blocks: jax.Array, rows: int, seed: int = 0) -> list[tuple[float, tuning.Config]]:
+@dataclass(frozen=True)
+class Case:
+    """A shape, what is to be measured at it, and the programs and checks of each candidate."""
+
+    gemm: Gemm
+    rows: int
+    shape: tuning.Shape
+    configs: list[tuning.Config]
+    built: list[tuple[Any, Any]]
+
+
+def calls_of(rows: int) -> int:
+    return 2 if rows > 8192 else 8
+
+
+def cases_of(gemms: list[Gemm], all_rows: list[int]) -> list[Case]:
+    """All programs, compiled side by side before anything is measured."""
+    like = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    cases, jobs = [], []
+    for gemm in gemms:
+        cut = partial(to_blocks, swiglu=gemm.activate)
+        blocks = jax.eval_shape(cut, like((1, gemm.groups, gemm.k, gemm.columns)))
+        for rows in all_rows:
+            shape = tuning.Shape(gemm.groups, gemm.k, gemm.columns, max(1, rows // gemm.groups), gemm.activate)
+            cases.append(Case(gemm, rows, shape, tuning.candidates(shape), []))
+            x = like((padded_rows(rows, gemm.groups), gemm.k))
+            for c in cases[-1].configs:
+                tiles = tiles_of(drawn(gemm, rows), c.block_m)
+                f = partial(grouped_gemm, config=c, activate=gemm.activate)
+                jobs.append(partial(program, f, [(x, blocks, tiles, jnp.int32(0))] * calls_of(rows)))
+                jobs.append(partial(check, x, blocks, tiles, c.block_m, gemm.activate))
+    built = iter(compile_all(jobs))
+    for case in cases:
+        case.built.extend((next(built), next(built)) for _ in case.configs)
+    return cases
+
+
+def drawn(gemm: Gemm, rows: int) -> np.ndarray:
+    return draw_sizes(np.random.default_rng(0), rows, gemm.groups, "uniform")
+
+
+def tune(case: Case, blocks: jax.Array) -> list[tuple[float, tuning.Config]]:
     """Seconds of each candidate that came out right, fastest first."""
-    shape = tuning.Shape(gemm.groups, gemm.k, gemm.columns, max(1, rows // gemm.groups), gemm.activate)
-    sizes = draw_sizes(np.random.default_rng(seed), rows, gemm.groups, "uniform")
-    m = padded_rows(rows, gemm.groups)
-    xs = [normal(seed + i, m, gemm.k) for i in range(2 if rows > 8192 else 8)]
-    configs = tuning.candidates(shape)
-    cases = [[(x, blocks, tiles_of(sizes, c.block_m), jnp.int32(0)) for x in xs] for c in configs]
-    programs = compile_all(
-        [
-            partial(program, partial(grouped_gemm, config=c, activate=gemm.activate), case)
-            for c, case in zip(configs, cases, strict=True)
-        ]
-    )
+    gemm, rows = case.gemm, case.rows
+    xs = [normal(i, padded_rows(rows, gemm.groups), gemm.k) for i in range(calls_of(rows))]
     found = []
-    for config, case, compiled in zip(configs, cases, programs, strict=True):
-        if isinstance(compiled, Exception):
-            print(f"  {config}: {type(compiled).__name__} {str(compiled)[:200]}")
+    for config, (compiled, error_of) in zip(case.configs, case.built, strict=True):
+        failed = [b for b in (compiled, error_of) if isinstance(b, Exception)]
+        if failed:
+            print(f"  {config}: {type(failed[0]).__name__} {str(failed[0])[:200]}")
             continue
+        tiles = tiles_of(drawn(gemm, rows), config.block_m)
+        arguments = [(x, blocks, tiles, jnp.int32(0)) for x in xs]
         poison()
-        y, tiles = compiled(case)[0], case[0][2]
-        last = int(tiles.count) - 1
-        group, row, n = (int(a[last]) for a in (tiles.group, tiles.row, tiles.size))
-        weights = from_blocks(blocks[0, group], gemm.activate).astype(jnp.float32)
-        expected = xs[0][row : row + n].astype(jnp.float32) @ weights
-        expected = swiglu(expected) if gemm.activate else expected
-        error = jnp.linalg.norm(y[row : row + n].astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
-        if not float(error) < 3e-3:
-            print(f"  {config}: wrong, relative error {float(error):.1e}")
+        error = float(error_of(xs[0], blocks, tiles, compiled(arguments)[0]))
+        if not error < 3e-3:
+            print(f"  {config}: wrong, relative error {error:.1e}")
             continue
-        found.append((seconds(compiled, case), config))
+        found.append((seconds(compiled, arguments), config))
         print(f"  {found[-1][0] * 1e6:8.1f} us  {config}", flush=True)
     return sorted(found, key=lambda f: f[0])
 
@@ -62,23 +92,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=tuning.TABLE)
     args = parser.parse_args()
     entries = {json.dumps(e["shape"]): e for e in json.loads(tuning.TABLE.read_text())["entries"]}
-    for gemm in GEMMS:
-        if args.only not in gemm.name:
+    held: dict[str, jax.Array] = {}  # the weights of the shape that is being measured
+    for case in cases_of([g for g in GEMMS if args.only in g.name], args.rows):
+        g = case.gemm
+        if g.name not in held:
+            held.clear()
+            plain = normal(1, 1, g.groups, g.k, g.columns, scale=0.02)
+            held[g.name] = jax.jit(partial(to_blocks, swiglu=g.activate))(plain)
+            del plain
+        print(f"{g.name}, {case.rows} rows", flush=True)
+        found = tune(case, held[g.name])
+        if not found:
             continue
-        blocks = jax.jit(partial(to_blocks, swiglu=gemm.activate))(
-            normal(1, 1, gemm.groups, gemm.k, gemm.columns, scale=0.02)
-        )
-        for rows in args.rows:
-            print(f"{gemm.name}, {rows} rows", flush=True)
-            found = tune(gemm, blocks, rows)
-            if not found:
-                continue
-            shape = tuning.Shape(gemm.groups, gemm.k, gemm.columns, max(1, rows // gemm.groups), gemm.activate)
-            new = tuning.entry(shape, found[0][1], found[0][0] * 1e6)
-            entries[json.dumps(new["shape"])] = new
-            device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
-            lines = ",\n".join(f"  {json.dumps(e)}" for e in entries.values())
-            args.out.write_text(f'{{\n "device": {json.dumps(device)},\n "entries": [\n{lines}\n ]\n}}\n')
+        new = tuning.entry(case.shape, found[0][1], found[0][0] * 1e6)
+        entries[json.dumps(new["shape"])] = new
+        device = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+        lines = ",\n".join(f"  {json.dumps(e)}" for e in entries.values())
+        args.out.write_text(f'{{\n "device": {json.dumps(device)},\n "entries": [\n{lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":

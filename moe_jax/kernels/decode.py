@@ -203,20 +203,22 @@ def assign(slot: jax.Array, groups: int, block_m: int, interpret: bool = False) 
 
         sizes = lax.fori_loop(0, pairs // CHUNK, count, jnp.zeros(groups, jnp.int32))
         cut = (sizes + block_m - 1) // block_m
+        each = (sizes + ALIGN * cut - 1) // jnp.maximum(ALIGN * cut, 1) * ALIGN
         before = group < me
         first = jnp.where(before, (sizes + ALIGN - 1) // ALIGN * ALIGN, 0).sum()
-        begin, size = jnp.where(before, cut, 0).sum(), jnp.where(group == me, sizes, 0).sum()
+        size, height = (jnp.where(group == me, v, 0).sum() for v in (sizes, each))
+        begin = jnp.where((each > height) | (before & (each == height)), cut, 0).sum()
         pair = lax.broadcasted_iota(jnp.int32, (pairs,), 0)
         slots = slot_ref[:]
         mine = slots == me
         rank = jnp.cumsum(mine.astype(jnp.int32)) - 1
         plt.store(place_ref.at[pair], jnp.where(mine, first + rank, -1), mask=mine | ((slots < 0) & (me == 0)))
-        done = lax.broadcasted_iota(jnp.int32, (most,), 0) * block_m
+        done = lax.broadcasted_iota(jnp.int32, (most,), 0) * height
         at = jnp.minimum(begin + lax.broadcasted_iota(jnp.int32, (most,), 0), tiles - 1)
         for ref, value in (
             (group_ref, jnp.zeros_like(done) + me),
             (row_ref, first + done),
-            (size_ref, jnp.minimum(size - done, block_m)),
+            (size_ref, jnp.minimum(size - done, height)),
         ):
             plt.store(ref.at[at], value, mask=done < size)
 

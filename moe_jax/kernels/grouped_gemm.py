@@ -34,6 +34,12 @@ class Config:
     panel: int = 8  # row tiles that are visited together with all columns, for the L2 cache
     buffers: int = 1  # for results on their way out, a warpgroup
     cluster: int = 1  # blocks of threads that share the copies of a tile's rows, each with columns of its own
+    in_turn: bool = False  # each consumer has tiles of its own: one multiplies while another writes its results out
+
+    @property
+    def together(self) -> int:
+        """Blocks of weights in a tile."""
+        return 1 if self.in_turn else self.consumers
 
 
 @jax.tree_util.register_dataclass
@@ -172,7 +178,7 @@ def grouped_gemm(
     c = config
     if k != kb * BLOCK_K:
         raise ValueError(f"x has {k} columns, expected {kb * BLOCK_K}: the weights' rows")
-    if nb % (c.consumers * c.cluster) or kb % c.blocks_k or c.blocks_k * b > 256:
+    if nb % (c.together * c.cluster) or kb % c.blocks_k or c.blocks_k * b > 256:
         raise ValueError(f"{c}: does not divide {nb} x {kb} blocks of {b} x {BLOCK_K}")
     if (scales is not None) != (blocks.dtype == jnp.float8_e4m3fn) or (scales is not None and c.blocks_k != 2):
         raise ValueError(
@@ -184,7 +190,7 @@ def grouped_gemm(
         raise ValueError(f"{m} rows and {c}: expected multiples of {ALIGN}, the last of widths being block_m")
     pieces = 1 if activate else b // 64  # 64 output columns each
     columns, kt, dtype = nb * pieces * 64, kb // c.blocks_k, x.dtype
-    across, clusters = nb // (c.consumers * c.cluster), sms // c.cluster
+    across, clusters = nb // (c.together * c.cluster), sms // c.cluster
     halves = b // 64
     shared = "block" if c.cluster > 1 else None
     widths = [(low, high) for low, high in zip((0, *c.widths), c.widths, strict=False)]
@@ -210,6 +216,10 @@ def grouped_gemm(
                 ni = ni * c.cluster + lax.axis_index("block")
             return ni, row_g[mi], size_g[mi], group_g[mi]
 
+        def filled(i: jax.Array, slot: jax.Array) -> Any:
+            """A slot's barrier for the i-th tile. Consumers count the phases they wait for, so each has its own."""
+            return full.at[lax.rem(i, c.consumers) * c.stages + slot] if c.in_turn else full.at[slot]
+
         @pl.when(wg == c.consumers)
         def produce() -> None:
             plgpu.set_max_registers(40, action="decrease")
@@ -217,19 +227,20 @@ def grouped_gemm(
             def per_tile(i: jax.Array, this: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 ahead = tile(i + 1)
                 ni, row, size, group = this
-                first = ((layer * groups + group) * nb + ni * c.consumers) * kb * b
+                first = ((layer * groups + group) * nb + ni * c.together) * kb * b
 
                 def per_stage(ki: jax.Array, _: None) -> None:
                     step = i * kt + ki
                     slot = lax.rem(step, c.stages)
+                    ready = filled(i, slot)
 
                     @pl.when(step >= c.stages)
                     def _() -> None:
                         plgpu.barrier_wait(empty.at[slot])
 
-                    for j in range(c.consumers):
+                    for j in range(c.together):
                         at = first + (j * kb + ki * c.blocks_k) * b
-                        plgpu.copy_gmem_to_smem(w_g.at[pl.ds(at, c.blocks_k * b)], ws.at[slot, j], full.at[slot])
+                        plgpu.copy_gmem_to_smem(w_g.at[pl.ds(at, c.blocks_k * b)], ws.at[slot, j], ready)
                     for low, high in widths:
 
                         @pl.when((size > low) & (size <= high))
@@ -237,7 +248,7 @@ def grouped_gemm(
                             for kk in range(c.blocks_k):
                                 from_ = x_g.at[pl.ds(row, high), pl.ds((ki * c.blocks_k + kk) * BLOCK_K, BLOCK_K)]
                                 plgpu.copy_gmem_to_smem(
-                                    from_, xs.at[slot, kk, pl.ds(0, high)], full.at[slot], collective_axes=shared
+                                    from_, xs.at[slot, kk, pl.ds(0, high)], ready, collective_axes=shared
                                 )
 
                 lax.fori_loop(0, kt, per_stage, None)
@@ -255,9 +266,12 @@ def grouped_gemm(
         @pl.when(wg < c.consumers)
         def consume() -> None:
             plgpu.set_max_registers(232, action="increase")
+            begin, every = (wg, c.consumers) if c.in_turn else (jnp.int32(0), 1)
+            part = jnp.int32(0) if c.in_turn else wg  # which of a tile's blocks of weights
 
-            def per_tile(i: jax.Array, this: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                ahead = tile(i + 1)
+            def per_tile(j: jax.Array, this: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                i = begin + j * every
+                ahead = tile(i + every)
                 ni, row, size, group = this
                 for low, high in widths:
 
@@ -266,7 +280,7 @@ def grouped_gemm(
                         if scales is None:
                             store(multiply(i, high), ni, row, size, low, high)
                         else:
-                            block = (layer * groups + group) * nb + ni * c.consumers + wg
+                            block = (layer * groups + group) * nb + ni * c.together + part
                             store(multiply_scaled(i, high, block), ni, row, size, low, high)
 
                 return ahead
@@ -278,12 +292,12 @@ def grouped_gemm(
                     def per_stage(ki: jax.Array, _: None) -> None:
                         step = i * kt + ki
                         slot = lax.rem(step, c.stages)
-                        plgpu.barrier_wait(full.at[slot])
+                        plgpu.barrier_wait(filled(i, slot))
                         for kk in range(c.blocks_k):
                             for h, acc in enumerate(accs):
                                 plgpu.wgmma(
                                     acc,
-                                    ws.at[slot, wg, pl.ds(kk * b + h * 64, 64)],
+                                    ws.at[slot, part, pl.ds(kk * b + h * 64, 64)],
                                     xs.at[slot, kk, pl.ds(0, width)].T,
                                 )
                         plgpu.wgmma_wait(halves * c.blocks_k)  # the stage before this one has been read
@@ -309,7 +323,7 @@ def grouped_gemm(
                     sums, now = state
                     ahead = scale(ki + 1)
                     slot = lax.rem(i * kt + ki, c.stages)
-                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.barrier_wait(filled(i, slot))
                     parts = [product(slot, h, width) for h in range(halves)]
                     plgpu.barrier_arrive(empty.at[slot])
                     return [a + part * s for a, part, s in zip(sums, parts, now, strict=True)], ahead
@@ -320,7 +334,7 @@ def grouped_gemm(
             def product(slot: jax.Array, h: int, width: int) -> jax.Array:
                 def scope(acc: Any) -> jax.Array:
                     for kk in range(c.blocks_k):
-                        from_ = ws.at[slot, wg, pl.ds(kk * b + h * 64, 64)]
+                        from_ = ws.at[slot, part, pl.ds(kk * b + h * 64, 64)]
                         w = plgpu.load(from_, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
                         # Hopper widens to float16 in one instruction, and from there in two; to bfloat16 in none.
                         w = plgpu.layout_cast(
@@ -332,7 +346,9 @@ def grouped_gemm(
 
                 if interpret is not None:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
                     both = [
-                        jnp.dot(ws[slot, wg, pl.ds(kk * b + h * 64, 64)].astype(dtype), xs[slot, kk, pl.ds(0, width)].T)
+                        jnp.dot(
+                            ws[slot, part, pl.ds(kk * b + h * 64, 64)].astype(dtype), xs[slot, kk, pl.ds(0, width)].T
+                        )
                         for kk in range(c.blocks_k)
                     ]
                     plgpu.commit_smem()  # for its race detector, to which these are reads that a copy cannot wait for
@@ -352,7 +368,7 @@ def grouped_gemm(
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     ys.at[wg, buffer, pl.ds(0, width)].T[...] = y.astype(dtype)
                     plgpu.commit_smem()
-                    column = ((ni * c.consumers + wg) * pieces + p) * 64
+                    column = ((ni * c.together + part) * pieces + p) * 64
                     # A copy's shape is static: what every tile of this width has, then eights as far as it goes.
                     for at in dict.fromkeys((0, *range(low, width, ALIGN))):
                         rows = low if at == 0 and low else ALIGN
@@ -362,10 +378,10 @@ def grouped_gemm(
                             to = y_g.at[pl.ds(row + at, rows), pl.ds(column, 64)]
                             plgpu.copy_smem_to_gmem(ys.at[wg, buffer, pl.ds(at, rows)], to)
 
-            lax.fori_loop(0, mine, per_tile, tile(jnp.int32(0)))
+            lax.fori_loop(0, lax.div(mine - begin + every - 1, every), per_tile, tile(begin))
             plgpu.wait_smem_to_gmem(0)
 
-    stage = (c.stages, c.consumers)
+    stage = (c.stages, c.together)
     run = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, columns), dtype),
@@ -379,10 +395,12 @@ def grouped_gemm(
             xs=plgpu.SMEM((c.stages, c.blocks_k, c.block_m, BLOCK_K), dtype, transforms=_transforms(BLOCK_K, dtype)),
             ws=plgpu.SMEM((*stage, c.blocks_k * b, BLOCK_K), blocks.dtype, transforms=_transforms(64, blocks.dtype)),
             ys=plgpu.SMEM((c.consumers, c.buffers, c.block_m, 64), dtype, transforms=_transforms(64, dtype)),
-            full=plgpu.Barrier(num_arrivals=c.consumers + c.blocks_k, num_barriers=c.stages),
-            empty=plgpu.ClusterBarrier(collective_axes=(shared,), num_arrivals=c.consumers, num_barriers=c.stages)
+            full=plgpu.Barrier(
+                num_arrivals=c.together + c.blocks_k, num_barriers=c.stages * (c.consumers if c.in_turn else 1)
+            ),
+            empty=plgpu.ClusterBarrier(collective_axes=(shared,), num_arrivals=c.together, num_barriers=c.stages)
             if shared
-            else plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.stages),
+            else plgpu.Barrier(num_arrivals=c.together, num_barriers=c.stages),
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane

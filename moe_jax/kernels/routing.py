@@ -55,14 +55,21 @@ def assign_rows(slot: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
 
 
 def cut_tiles(sizes: jax.Array, pairs: int, block_m: int) -> Tiles:
-    """Tiles of at most block_m rows of groups that lie as `assign_rows` has them; as many as any routing may need."""
+    """Tiles of at most block_m rows of groups that lie as `assign_rows` has them; as many as any routing may need.
+
+    A group's tiles are about equal: a narrow last one would take nearly as long, for its weights. Groups come by the
+    height of their tiles, so that those which are multiplied at the same time end at the same time.
+    """
     groups = sizes.size
     first, cut = _before(_over(sizes, ALIGN) * ALIGN), _over(sizes, block_m)
-    begin = _before(cut)
-    t = jnp.arange(-(-(pairs + (block_m - 1) * min(groups, pairs)) // block_m), dtype=jnp.int32)
-    group = jnp.minimum((begin + cut <= t[:, None]).sum(-1, dtype=jnp.int32), groups - 1)
-    done = (t - begin[group]) * block_m
-    return Tiles(group, first[group] + done, jnp.minimum(sizes[group] - done, block_m), cut.sum())
+    each = ALIGN * jax.lax.div(sizes + ALIGN * cut - 1, jnp.maximum(ALIGN * cut, 1))
+    earlier = jnp.tril(jnp.ones((groups, groups), bool), -1) & (each == each[:, None]) | (each > each[:, None])
+    begin = jnp.where(earlier, cut, 0).sum(-1, dtype=jnp.int32)
+    t = jnp.arange(-(-(pairs + (block_m - 1) * min(groups, pairs)) // block_m), dtype=jnp.int32)[:, None]
+    inside = (begin <= t) & (t < begin + cut)
+    group, t = jnp.where(inside, jnp.arange(groups, dtype=jnp.int32), 0).sum(-1, dtype=jnp.int32), t[:, 0]
+    done = (t - begin[group]) * each[group]
+    return Tiles(group, first[group] + done, jnp.minimum(sizes[group] - done, each[group]), cut.sum())
 
 
 def permute_reference(x: jax.Array, place: jax.Array, rows: int) -> jax.Array:

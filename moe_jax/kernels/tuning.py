@@ -31,7 +31,7 @@ class Shape:
 def shared_memory(c: Config, shape: Shape) -> int:
     """Bytes that the kernel takes."""
     b = block_rows(shape.columns, shape.activate)
-    stage = c.blocks_k * BLOCK_K * (2 * c.block_m + shape.weight_bytes * c.consumers * b)
+    stage = c.blocks_k * BLOCK_K * (2 * c.block_m + shape.weight_bytes * c.together * b)
     return c.stages * (stage + 16) + c.consumers * c.buffers * c.block_m * 128 + 1024
 
 
@@ -40,7 +40,7 @@ def fits(c: Config, shape: Shape) -> bool:
     b = block_rows(shape.columns, shape.activate)
     nb, kb = shape.columns // b, shape.k // BLOCK_K
     return (
-        nb % (c.consumers * c.cluster) == 0
+        nb % (c.together * c.cluster) == 0
         and all(w % (8 * c.cluster) == 0 for w in c.widths)
         and kb % c.blocks_k == 0
         and c.blocks_k * b <= 256
@@ -55,6 +55,10 @@ def _widths(most: int) -> tuple[int, ...]:
     return tuple(w for w in (8, 16, 32, 64, 96, 128, 160, 192) if w <= most)
 
 
+def _fine(most: int) -> tuple[int, ...]:
+    return tuple(w for w in (8, 16, 32, 48, 64, 80, 96, 104, 112, 120, 128, 144, 160, 168, 176, 184, 192) if w <= most)
+
+
 def candidates(shape: Shape) -> list[Config]:
     """What is worth measuring for a shape, by its regime; first what is likely to do where nothing was measured."""
     out = []
@@ -67,13 +71,16 @@ def candidates(shape: Shape) -> list[Config]:
             for consumers, stages, panel in ((2, 3, 8), (2, 4, 16), (1, 4, 8)):
                 out.append(Config(block_m, _widths(block_m), consumers, 2, stages, panel))
     elif shape.rows > 96:  # bound by arithmetic
-        kinds = [(192, 3, 1), (128, 4, 1), (128, 3, 2)]
-        for block_m, stages, buffers in kinds if shape.activate else kinds[1:] + kinds[:1]:
-            for panel in (8, 4, 16):
-                out.append(Config(block_m, _widths(block_m), 2, 1, stages, panel, buffers))
-        out.append(Config(128, _widths(128), 1, 1, 5, 8))
-        clustered = [c for c in out if c.panel == 8 and c.consumers == 2]
-        out += [replace(c, widths=c.widths[1:], cluster=2) for c in clustered]
+        for block_m, stages, panel in ((192, 4, 8), (128, 5, 8), (128, 6, 8), (192, 4, 4), (128, 5, 4)):
+            out.append(Config(block_m, _fine(block_m), 2, 1, stages, panel, in_turn=True))
+        out.append(replace(out[1], widths=tuple(w for w in out[1].widths if w % 16 == 0), cluster=2))
+        both = [
+            Config(192, _fine(192), 2, 1, 3, 8),
+            Config(128, _fine(128), 2, 1, 4, 8),
+            Config(128, _fine(128), 2, 1, 4, 16),
+        ]
+        # Tiles in turn hide what follows the products, which is much where K is small, but read each row more often.
+        out = [*out, *both] if shape.k <= (2048 if shape.activate else 1024) else [*both, *out]
     else:  # bound by reading weights
         for block_m in sizes:
             # Where few groups are hit, narrow tiles occupy more of the processor.

@@ -13,7 +13,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moe_jax.checkpoint import CheckpointError, convert, load_params, load_slots, open_checkpoint
+from moe_jax.checkpoint import (
+    CheckpointError,
+    convert,
+    load_params,
+    load_slots,
+    open_checkpoint,
+    param_types,
+    widened,
+)
 from moe_jax.config import parse_hugging_face
 from moe_jax.hugging_face import dequantize
 from moe_jax.params import iterate, stacked_shapes
@@ -176,6 +184,75 @@ class TestLoading:
         with pytest.warns(UserWarning, match=r"does not use: model\.extra$") as warned:
             all_experts(path)
         assert len(warned) == 1
+
+
+FLOAT8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+WIDE = QWEN | {"hidden_size": 128, "moe_intermediate_size": 256, "head_dim": 32}
+
+
+def float8_tensors() -> tuple[Tensors, Tensors]:
+    """Of WIDE with 8-bit experts, and what they stand for in bfloat16."""
+    narrow, rng = random_tensors(WIDE, BFLOAT16), np.random.default_rng(1)
+    wide = dict(narrow)
+    for name in [name for name in narrow if "experts" in name]:
+        weight = narrow[name].astype(ml_dtypes.float8_e4m3fn)
+        scale = rng.uniform(0.5, 2, tuple(n // 128 for n in weight.shape)).astype(np.float32)
+        narrow |= {name: weight, f"{name}_scale_inv": scale}
+        wide[name] = dequantize(weight, scale)
+    return narrow, wide
+
+
+class TestFloat8:
+    """Checkpoints that say that their weights are 8-bit, as DeepSeek-V3's do."""
+
+    @pytest.mark.parametrize("form", ["hugging_face", "serving"])
+    def test_experts_stay_8_bit_until_they_are_widened(self, form: str, tmp_path: Path) -> None:
+        narrow, wide = float8_tensors()
+        path = write(tmp_path / "a", narrow, WIDE | {"quantization_config": FLOAT8})
+        if form == "serving":
+            convert(path, tmp_path / "b")
+            path = tmp_path / "b"
+        checkpoint = open_checkpoint(path)
+        expected = all_experts(write(tmp_path / "c", wide, WIDE))
+        slots = np.tile(np.arange(8, dtype=np.int32), (3, 1))
+        assert_same(load_params(widened(checkpoint), slots, device(), "float32"), expected)
+        found = load_params(checkpoint, slots, device(), "bfloat16")
+        types = param_types(checkpoint, "bfloat16")
+        assert jax.tree.map(lambda a: a.dtype, found) == types
+        assert types["segments"][0]["experts_down"] == ml_dtypes.float8_e4m3fn
+        for i in (0, 2):
+            segment = found["segments"][i]
+            for name in ("experts_gate_up", "experts_down"):
+                weights, scales = np.asarray(segment[name])[0, 5], np.asarray(segment[f"{name}_scales"])[0, 5]
+                np.testing.assert_array_equal(dequantize(weights, scales), expected["segments"][i][name][0, 5])
+        for name, array in load_slots(checkpoint, [(1, 6)], "bfloat16").items():
+            np.testing.assert_array_equal(array[0], found["segments"][2][name][0, 6])
+
+    def test_what_keeps_it_from_being_loaded(self, tmp_path: Path) -> None:
+        raw = WIDE | {"quantization_config": FLOAT8}
+        with pytest.raises(CheckpointError, match=r"expected dtype F8_E4M3, found BF16"):
+            open_checkpoint(write(tmp_path, random_tensors(WIDE, BFLOAT16), raw))
+        with pytest.raises(CheckpointError, match=r"quantization_config: found .*gptq.*expected quant_method 'fp8'"):
+            open_checkpoint(write(tmp_path, {}, WIDE | {"quantization_config": {"quant_method": "gptq"}}))
+        narrow, _ = float8_tensors()
+        scale = next(name for name in narrow if name.endswith("scale_inv"))
+        del narrow[scale]
+        with pytest.raises(CheckpointError, match=rf"{scale} is missing; expected shape \("):
+            open_checkpoint(write(tmp_path, narrow, raw))
+
+    def test_dummy(self, tmp_path: Path) -> None:
+        """Random experts of the same spread as those that are not 8-bit."""
+        path = write(tmp_path, {}, WIDE | {"quantization_config": FLOAT8, "dtype": "bfloat16"})
+        checkpoint = open_checkpoint(path, "dummy")
+        slots = np.array([[3, -1], [0, 7], [5, 5]], np.int32)
+        narrow, wide = (load_params(c, slots, device(), "bfloat16") for c in (checkpoint, widened(checkpoint)))
+        for name in ("experts_gate_up", "experts_down"):
+            weights, scales = (np.asarray(narrow["segments"][0][n])[0] for n in (name, f"{name}_scales"))
+            assert weights.dtype == ml_dtypes.float8_e4m3fn and not weights[1].any()
+            spread = dequantize(weights[0], scales[0]).astype(np.float32).std()
+            assert spread == pytest.approx(np.asarray(wide["segments"][0][name], np.float32)[0, 0].std(), rel=0.03)
+        one = load_slots(checkpoint, [(1, 7)], "bfloat16")
+        np.testing.assert_array_equal(one["experts_down"][0], narrow["segments"][2]["experts_down"][0, 1])
 
 
 class TestDummy:

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractMesh
 
-from moe_jax.checkpoint import open_checkpoint
+from moe_jax.checkpoint import load_params, open_checkpoint
 from moe_jax.config import ConfigError
 from moe_jax.executables import Executables, Program
+from moe_jax.hopper import EXPERTS
 from moe_jax.kernels import tuning
 from moe_jax.kernels.grouped_gemm import (
     Config,
@@ -42,8 +43,10 @@ from moe_jax.kernels.routing import (
     permute_reference,
 )
 from moe_jax.llm import engine_config, model_directory
+from moe_jax.memory import weight_bytes
 from moe_jax.mesh import ExpertMesh
 from moe_jax.programs import ProgramStore
+from tests import configs
 from tests.engines import SMALL
 
 new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas of jax 0.10 lacks some of it")
@@ -125,8 +128,10 @@ def tiles_of(sizes: list[int], block_m: int) -> tuple[np.ndarray, Any, int]:
         (Config(32, (8, 32), 2, 1, 2), True),
         (Config(64, (16, 64), 1, 2, 3, buffers=2), False),
         (Config(32, (16, 32), 1, 1, 2, cluster=2), False),
+        (Config(32, (8, 24, 32), 2, 1, 3, in_turn=True), True),
+        (Config(32, (16, 32), 2, 1, 2, cluster=2, in_turn=True), False),
     ],
-    ids=["swiglu", "down", "cluster"],
+    ids=["swiglu", "down", "cluster", "in turn", "cluster in turn"],
 )
 def test_grouped_gemm(config: Config, activate: bool, sizes: list[int], seed: int) -> None:
     blocks = to_blocks(random(seed, 2, len(sizes), 128, 256, scale=0.1), activate)
@@ -271,6 +276,47 @@ def test_the_step_of_a_wide_model(prefill: bool, tmp_path: Path) -> None:
     assert tokens.shape == (1, config.max_batch) and logits is None
     assert chosen.shape == (3, bucket.rows, 4) and chosen.dtype == jnp.int32
     assert {n: a.shape[:2] for n, a in new.items()} == {"k": (3, bucket.rows), "v": (3, bucket.rows)}
+
+
+FLOAT8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+@new_jax
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_8_bit_experts_stay_so(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the engine's parameters, in its programs, and in what memory is planned for; elsewhere they are widened."""
+    monkeypatch.setattr("moe_jax.kernels.hopper_ffn.can_assign", lambda pairs, groups: False)
+    raw = configs.QWEN | {"model_type": family, "head_dim": 64, "n_routed_experts": 8, "n_group": 2, "topk_group": 1}
+    raw |= {"hidden_size": 256, "moe_intermediate_size": 128, "quantization_config": FLOAT8, "dtype": "bfloat16"}
+    raw |= {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64}
+    raw |= {"first_k_dense_replace": 1, "n_shared_experts": 1}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    checkpoint = open_checkpoint(tmp_path, "dummy")
+    config = engine_config(checkpoint.config, 1, "gpu", kernels="hopper", **SMALL)
+    programs = Executables.of(checkpoint, config, "NVIDIA H200", ProgramStore(None))
+    mesh, model = ExpertMesh((jax.devices()[0],)), programs.model
+    assert model.float8_experts
+    shapes = programs.arguments(Program("step", config.buckets[0], 1), mesh)[0]
+    last = len(model.segments) - 1
+    slots = np.tile(np.arange(model.num_experts, dtype=np.int32), (model.num_moe_layers, 1))
+    params = load_params(checkpoint, slots, mesh.devices[0], "bfloat16", prepare=programs.prepare)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == jax.tree.map(lambda a: (a.shape, a.dtype), shapes)
+    plain = load_params(checkpoint, slots, mesh.devices[0], "bfloat16")["segments"][last]
+    for name in EXPERTS:
+        found = params["segments"][last]
+        wide = from_blocks(dequantise(found[name], found[f"{name}_scales"]), name == EXPERTS[0])
+        each = jnp.repeat(jnp.repeat(plain[f"{name}_scales"], 128, -1), 128, -2)
+        np.testing.assert_array_equal(wide, plain[name].astype(np.float32) * each)
+    step = programs.step(config.buckets[0], mesh).trace(
+        *programs.arguments(Program("step", config.buckets[0], 1), mesh)
+    )
+    assert "f8E4M3FN" in step.lower(lowering_platforms=("cuda",)).as_text()
+    elsewhere = Executables.of(checkpoint, replace(config, kernels="xla"), "NVIDIA H200", ProgramStore(None))
+    assert not elsewhere.model.float8_experts
+    assert elsewhere.types["segments"][last]["experts_down"] == jnp.bfloat16
+    narrow, wide = (weight_bytes(model, replace(config, kernels=kernels)) for kernels in ("hopper", "xla"))
+    experts = 3 * 256 * 128 * model.num_experts * model.num_moe_layers
+    assert wide - narrow == experts
 
 
 @new_jax
