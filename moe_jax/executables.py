@@ -32,7 +32,7 @@ from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs
 from moe_jax.model import Run, forward, logits
 from moe_jax.moe import AXIS, Dispatch, count_choices
 from moe_jax.params import stacked_shapes
-from moe_jax.sampling import log_softmax, log_sum_exp, sample, sample_fast
+from moe_jax.sampling import log_softmax, log_sum_exp, sample
 
 
 class CompileCounter:
@@ -280,14 +280,12 @@ class Executables:
                 scores = log_softmax(scores) if run.ordered else jax.nn.log_softmax(scores)
                 return agree(b.wish, x)[None], last, new, chosen, scores[None]
             scores = logits(run, params, x[b.sample_row], b.num_sampled)
-            if run.ordered:
+            if run.ordered or run.kernels == "reference":
                 reduce = partial(native.log_sum_exp, rows=b.num_sampled) if run.kernels == "native" else log_sum_exp
-                sampled = sample(scores, b.sampling, b.want_top, reduce)
-            elif run.kernels == "hopper":
-                from moe_jax.kernels.sampling import sample as sample_hopper  # Pallas takes its time to import
-
-                sampled = sample_hopper(scores, b.sampling, b.want_top)
+                sampled = sample(scores, b.sampling, b.want_top, reduce, run.straight)
             else:
+                from moe_jax.kernels.sampling import sample as sample_fast  # Pallas takes its time to import
+
                 sampled = sample_fast(scores, b.sampling, b.want_top)
             tokens = jnp.pad(sampled.token, (0, engine.max_batch - len(sampled.token)))
             out = pack_output(agree(b.wish, x), sampled)

@@ -115,38 +115,30 @@ def log_sum_exp(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def sample(
-    logits: jax.Array, p: SampleParams, want_top: jax.Array, reduce: Callable[..., Any] = log_sum_exp
+    logits: jax.Array,
+    p: SampleParams,
+    want_top: jax.Array,
+    reduce: Callable[..., Any] = log_sum_exp,
+    straight: bool = False,
 ) -> Sampled:
     """logits [S, V] float32; want_top: whether any row asked for its best tokens (zeros if not: they are costly).
-    reduce: a version of `log_sum_exp`."""
+    reduce: a version of `log_sum_exp`. straight: without branches, with the same results (see `model.Run`)."""
+    choose = _choose if straight else lax.cond
     random, restricted = (p.temperature > 0).any(), is_restricted(p).any()
 
     def draw() -> jax.Array:
         scaled = tempered(logits, p)
-        scaled = lax.cond(restricted, lambda x: restrict(x, p.top_k, p.top_p), lambda x: x, scaled)
+        scaled = choose(restricted, lambda: restrict(scaled, p.top_k, p.top_p), lambda: scaled)
         return row_argmax(with_noise(logits, scaled, p))
 
     greedy, total = reduce(logits)
-    token = lax.cond(random, draw, lambda: greedy)
-    top = lax.cond(want_top, lambda: _best(logits, total), lambda: _no_best(logits))
+    token = choose(random, draw, lambda: greedy)
+    top = choose(want_top, lambda: _best(logits, total), lambda: _no_best(logits))
     return Sampled(token, logprob_of(logits, token, total), *top)
 
 
-def sample_fast(logits: jax.Array, p: SampleParams, want_top: jax.Array) -> Sampled:
-    """The same, up to rounding: sums in any order, and only one branch, because on a GPU the host waits at each.
-    `kernels.sampling` has none."""
-    total = jax.nn.logsumexp(logits, axis=-1)
-    costly = is_restricted(p).any() | want_top
-
-    def draw(scaled: jax.Array) -> jax.Array:
-        return jnp.argmax(with_noise(logits, scaled, p), axis=-1).astype(jnp.int32)
-
-    token, *top = lax.cond(
-        costly,
-        lambda: (draw(restrict(tempered(logits, p), p.top_k, p.top_p)), *_best(logits, total)),
-        lambda: (draw(tempered(logits, p)), *_no_best(logits)),
-    )
-    return Sampled(token, logprob_of(logits, token, total), *top)
+def _choose(predicate: jax.Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), yes(), no())
 
 
 def is_restricted(p: SampleParams) -> jax.Array:

@@ -13,7 +13,7 @@ from moe_jax.attention import write
 from moe_jax.config import parse_hugging_face
 from moe_jax.kernels import decode, paged_attention, routing, sampling
 from moe_jax.request import MAX_LOGPROBS
-from moe_jax.sampling import SampleParams, ordered_bits, restrict, sample, sample_fast, tempered
+from moe_jax.sampling import SampleParams, ordered_bits, restrict, sample, tempered
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas of jax 0.10 lacks some of it")
 BF16 = jnp.bfloat16
@@ -112,7 +112,7 @@ def test_write(latent: bool) -> None:
         np.testing.assert_array_equal(found, expected[name])
 
 
-@pytest.mark.parametrize("how", ["xla", "kernels"])
+@pytest.mark.parametrize("how", ["straight", "kernels"])
 @pytest.mark.parametrize(
     "temperature, top_p, top_k, want",
     [(0.0, 1.0, 0, False), (0.7, 1.0, 0, True), (0.7, 0.5, 0, False), (1.3, 1.0, 7, True), (1.0, 0.9, 40, False)],
@@ -125,13 +125,12 @@ def test_sampling_on_a_gpu(how: str, temperature: float, top_p: float, top_k: in
     p = SampleParams(jnp.where(live, temperature, 0), jnp.where(live, top_p, 0), k, seed, jnp.arange(n))
     logits = random(0, n, 700, dtype=np.float32) * 3
     logits = logits.at[3, 10:300].set(-jnp.inf).at[4, 20:40].set(9.0)
-    run = sample_fast if how == "xla" else partial(sampling.sample, interpret=True)
+    run = partial(sample, straight=True) if how == "straight" else partial(sampling.sample, interpret=True)
     found, expected = run(logits, p, jnp.array(want)), sample(logits, p, jnp.array(want))
     np.testing.assert_array_equal(found.token, expected.token)
     np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-5)
-    if want or how == "kernels":
-        np.testing.assert_array_equal(found.top_tokens, expected.top_tokens)
-        np.testing.assert_allclose(found.top_logprobs, expected.top_logprobs, atol=1e-5)
+    np.testing.assert_array_equal(found.top_tokens, expected.top_tokens)
+    np.testing.assert_allclose(found.top_logprobs, expected.top_logprobs, atol=1e-5)
 
 
 def test_what_top_k_and_top_p_leave() -> None:
