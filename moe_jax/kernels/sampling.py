@@ -1,7 +1,7 @@
 """Sampling on a GPU without a branch that the host waits at (Pallas, Triton).
 
 XLA's host thread needs the predicate of every branch of a program, so the device idles from there on until the host has
-enqueued the rest, and the next step; while it waits, XLA cannot abort a lost peer's communicator either. What is costly and
+enqueued the rest, and the next step. While it waits, XLA cannot abort a lost peer's communicator. What is costly and
 seldom asked for (top-k, top-p, the best tokens) is therefore one kernel each, a block a row, that looks at its row's
 parameters itself and ends at once where nothing is asked.
 """
