@@ -46,6 +46,7 @@ from moe_jax.llm import engine_config, model_directory
 from moe_jax.memory import weight_bytes
 from moe_jax.mesh import ExpertMesh
 from moe_jax.programs import ProgramStore
+from moe_jax.sampling import sample_fast
 from tests import configs
 from tests.engines import SMALL
 
@@ -278,6 +279,12 @@ def test_the_step_of_a_wide_model(prefill: bool, tmp_path: Path) -> None:
     assert {n: a.shape[:2] for n, a in new.items()} == {"k": (3, bucket.rows), "v": (3, bucket.rows)}
 
 
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels ask the mesh what its devices are, and here they are a CPU's."""
+    monkeypatch.setattr("moe_jax.kernels.hopper_ffn.can_assign", lambda pairs, groups: False)
+    monkeypatch.setattr("moe_jax.kernels.sampling.sample", sample_fast)
+
+
 FLOAT8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 
@@ -285,7 +292,7 @@ FLOAT8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_8_bit_experts_stay_so(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the engine's parameters, in its programs, and in what memory is planned for; elsewhere they are widened."""
-    monkeypatch.setattr("moe_jax.kernels.hopper_ffn.can_assign", lambda pairs, groups: False)
+    without_triton(monkeypatch)
     raw = configs.QWEN | {"model_type": family, "head_dim": 64, "n_routed_experts": 8, "n_group": 2, "topk_group": 1}
     raw |= {"hidden_size": 256, "moe_intermediate_size": 128, "quantization_config": FLOAT8, "dtype": "bfloat16"}
     raw |= {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64}
@@ -322,8 +329,7 @@ def test_8_bit_experts_stay_so(family: str, tmp_path: Path, monkeypatch: pytest.
 @new_jax
 @pytest.mark.parametrize("prefill", [False, True])
 def test_the_step_lowers_for_a_gpu(prefill: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Triton's kernels ask the mesh what its devices are, and here they are a CPU's.
-    monkeypatch.setattr("moe_jax.kernels.hopper_ffn.can_assign", lambda pairs, groups: False)
+    without_triton(monkeypatch)
     checkpoint = open_checkpoint(model_directory("demo"))
     config = engine_config(checkpoint.config, 1, "gpu", kernels="hopper", **SMALL)
     programs = Executables.of(checkpoint, config, "NVIDIA H200", ProgramStore(None))
