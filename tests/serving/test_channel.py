@@ -94,9 +94,11 @@ def test_environment_of_an_engine():
     env = engine_environment(1, "cpu", base)
     assert env["XLA_FLAGS"] == "--a=1" and env["JAX_PLATFORMS"] == "cpu" and env["HOME"] == "/h"
     assert "JAX_NUM_CPU_DEVICES" not in env and "CUDA_VISIBLE_DEVICES" not in env and env["PYTHONPATH"]
-    base = {"CUDA_VISIBLE_DEVICES": "3,5", "XLA_FLAGS": "--xla_gpu_nccl_async_execution=false"}
+    assert env["MALLOC_ARENA_MAX"] == "4"
+    base = {"CUDA_VISIBLE_DEVICES": "3,5", "MALLOC_ARENA_MAX": "8", "XLA_FLAGS": "--xla_gpu_nccl_async_execution=false"}
     env = engine_environment(1, "cuda", base)
     assert env["CUDA_VISIBLE_DEVICES"] == "5" and env["XLA_PYTHON_CLIENT_ABORT_COLLECTIVES_ON_FAILURE"] == "1"
+    assert env["MALLOC_ARENA_MAX"] == "8"
     assert env["XLA_FLAGS"].count("nccl_async_execution") == 1 and "terminate_on_error=false" in env["XLA_FLAGS"]
     assert engine_environment(2, "cuda", {})["CUDA_VISIBLE_DEVICES"] == "2"
     with pytest.raises(ValueError, match="GPU for rank 2"):
