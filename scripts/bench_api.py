@@ -1,6 +1,6 @@
 """What the service costs beside the engines: processor time for each streamed token, and time to first token.
 
-    python scripts/bench_api.py [--hosts 2 --streams 64 --seconds 15]
+    python scripts/bench_api.py [--hosts 2 --streams 64 --seconds 15 --journal]
 
 A real cluster with the demo model under a steady load of streams. Processor time is the kernel's, of the coordinator,
 the supervisors and the engines each. What the service adds to the first token is what a client waits beyond the time
@@ -14,6 +14,7 @@ import asyncio
 import json
 import re
 import statistics
+import tempfile
 import time
 import urllib.request
 from typing import Any
@@ -96,10 +97,13 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--journal", action="store_true", help="on disk")
     args = parser.parse_args()
     web = f"127.0.0.1:{free_port()}"
-    with served("--web", web, "--hosts", str(args.hosts), quiet=True) as address:
-        print(json.dumps(asyncio.run(measure(address, web, args.streams, args.seconds))))
+    with tempfile.TemporaryDirectory() as directory:
+        journal = ("--journal", directory) if args.journal else ()
+        with served("--web", web, "--hosts", str(args.hosts), *journal, quiet=True) as address:
+            print(json.dumps(asyncio.run(measure(address, web, args.streams, args.seconds))))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,13 @@ def status() -> dict:
         return json.load(answer)
 
 
+async def until_whole() -> None:
+    """At the latest after two minutes: on a busy machine a rank may have been taken for lost."""
+    deadline = time.monotonic() + 120
+    while any(rank["state"] != "live" for rank in status()["ranks"]) and time.monotonic() < deadline:
+        await asyncio.sleep(0.2)
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -69,12 +76,12 @@ async def main() -> None:
             assert found is not None
             running = asyncio.create_task(load(found[1], args.streams))
             await asyncio.sleep(20)
+            await until_whole()
             await asyncio.to_thread(picture, browser, args.out / "before.png")
+            await until_whole()
             os.kill(status()["ranks"][1]["pid"], signal.SIGKILL)
             await asyncio.to_thread(picture, browser, args.out / "during.png")
-            deadline = time.monotonic() + 120
-            while any(rank["state"] != "live" for rank in status()["ranks"]) and time.monotonic() < deadline:
-                await asyncio.sleep(0.2)
+            await until_whole()
             await asyncio.sleep(5)
             await asyncio.to_thread(picture, browser, args.out / "after.png")
             running.cancel()

@@ -192,7 +192,8 @@ class Inference(rpc.InferenceServicer):
 
     @contextmanager
     def following(self, completion: Completion, context: grpc.aio.ServicerContext) -> Iterator[None]:
-        """Once nobody follows a request any more, it is cancelled."""
+        """Once nobody follows a request any more, it is cancelled: a little later, for a client may come again whose
+        connection broke, but not beyond its deadline, of which it may hear before we do."""
         completion.followers += 1
         try:
             yield
@@ -200,8 +201,8 @@ class Inference(rpc.InferenceServicer):
             completion.followers -= 1
             if not completion.followers and completion.finish_reason is None:
                 left = context.time_remaining()
-                late = left is not None and left <= 0
-                asyncio.get_running_loop().call_later(0 if late else self._linger, self._abandon, completion)
+                linger = self._linger if left is None else min(self._linger, max(0.0, left))
+                asyncio.get_running_loop().call_later(linger, self._abandon, completion)
 
     def _abandon(self, completion: Completion) -> None:
         if not completion.followers and completion.finish_reason is None and not self._closed:

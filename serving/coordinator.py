@@ -46,7 +46,7 @@ from serving.worker_stream import ClusterService, WorkerStream
 log = logging.getLogger(__name__)
 
 _NOBODY = Owner()
-_PENDING = 1 << 16
+_PENDING = 1 << 12
 MAX_REQUEST = 4 << 20  # bytes of a message to this server: a prompt of a million tokens
 SERVER_OPTIONS = (
     *KEEPALIVE,

@@ -33,7 +33,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from moe_jax.config import ModelConfig
+from moe_jax.text import Tokenizer
 from serving.channel import Decoder, encode
+from serving.cluster import Cluster
 from serving.options import Options
 from serving.pipe import Pipe
 
@@ -84,7 +87,7 @@ class Link:
                     self.worker_ended(rank, code, what)
 
 
-Prepared = tuple[Any, ...] | Exception  # what serving.server.prepare has returned, or raised
+Prepared = tuple[Cluster, ModelConfig, Tokenizer] | Exception  # what serving.server.prepare has returned, or raised
 
 
 def prepare(options: Options) -> Prepared:
@@ -101,7 +104,8 @@ def fork_coordinators(sock: socket.socket) -> tuple[socket.socket, Options, Prep
     decoder, fds, prepared = Decoder(), [], None
     links: dict[int, tuple[int, socket.socket]] = {}  # by pidfd: the process of a coordinator, and its link
     while True:
-        for fd in select.select([sock, *links], [], [])[0]:
+        ready: list[int] = select.select([sock.fileno(), *links], [], [])[0]
+        for fd in ready:
             if fd in links:
                 pid, link = links.pop(fd)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

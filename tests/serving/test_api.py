@@ -217,6 +217,17 @@ def test_cancelled_by_its_client(three):
     assert three.status()["requests"]["cancelled"] == cancelled + 2
 
 
+def test_nothing_lingers_after_a_deadline(three, monkeypatch):
+    """Whoever hears of it first, the client or the server."""
+    monkeypatch.setattr(three.server.inference, "_linger", 1e6)
+    for timeout in (0.02 + 0.002 * i for i in range(15)):
+        with refused(grpc.StatusCode.DEADLINE_EXCEEDED, ""):
+            three.inference.Complete(request(16000), timeout=timeout)
+        with refused(grpc.StatusCode.DEADLINE_EXCEEDED, ""):
+            list(three.inference.Generate(request(16000), timeout=timeout))
+    three.no_requests()
+
+
 def test_cancelled_by_another(three):
     call = three.inference.Generate(request(16000, request_id="x"))
     first = next(call)

@@ -190,9 +190,9 @@ def test_thousands_of_calls_at_once():
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
         async with grpc.aio.insecure_channel(address) as channel:
-            watch = health_pb2_grpc.HealthStub(channel).Watch
+            watch = health_pb2_grpc.HealthStub(channel).Watch  # type: ignore[attr-defined]
             calls = [watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(count)]
-            await asyncio.gather(*(call.read() for call in calls))  # type: ignore[attr-defined]
+            await asyncio.gather(*(call.read() for call in calls))
             for call in calls:
                 call.cancel()
         await server.stop(None)
