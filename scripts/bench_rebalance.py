@@ -19,6 +19,7 @@ are compared with those of one host that nothing happens to.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import shutil
@@ -101,7 +102,8 @@ def move(llm: LLM, streams: Streams, load: np.ndarray) -> tuple[int, float, floa
 
     async def rebalance() -> int:
         epoch = coordinator.placement
-        goal = coordinator.cluster.rebalance(epoch.slots, sorted(epoch.order), load, 1.0)
+        better = coordinator.cluster.rebalance  # in a thread: tokens go on through this loop
+        goal = await asyncio.to_thread(better, epoch.slots, sorted(epoch.order), load, 1.0)
         await coordinator.move(epoch.number, goal)
         return placement.moves(epoch.slots, goal)
 
@@ -162,7 +164,7 @@ def compare(streams: Streams, options: dict[str, Any]) -> int:
 
 def show(console: Console, r: dict[str, Any]) -> None:
     console.print(f"{r['cpu']}, {r['cores']} cores; jax {r['jax']}; {r['hosts']} hosts, {r['streams']} streams")
-    table = Table("", "median", "worst", title=f"{len(r['slots'])} moves of {r['slots']} slots in {r['parts']} parts")
+    table = Table("", "median", "worst", title=f"{len(r['slots'])} moves, {sum(r['slots'])} slots, {r['parts']} parts")
     rows = (
         ("pause, steps", r["pause_steps"]),
         ("without a move, steps", r["without_steps"]),
