@@ -60,10 +60,9 @@ def _place(
     count = count_replicas(shares, len(host) * slots, replication, len(host))
     placed, kept = _deal(shares, count, cells, quota, host, slots, replication)
     if not kept.all():  # replicas beyond the promise took the room of promised ones: hosts differ in size, or cells
-        promised = np.full_like(count, replication)
-        each = shares / count
-        again = (v[~kept] for v in (each * replication, promised, cells, quota))
-        placed[~kept] = _deal(*again, host, slots, replication)[0]
+        again = ~kept
+        each, promised = (shares / count * replication)[again], np.full_like(count, replication)[again]
+        placed[again] = _deal(each, promised, cells[again], quota[again], host, slots, replication)[0]
     board = Board.of(placed, host, shares.shape[1])
     fill(board, shares)
     balance(board, shares, replication, cells)

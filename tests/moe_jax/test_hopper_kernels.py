@@ -46,7 +46,7 @@ from moe_jax.llm import engine_config, model_directory
 from moe_jax.memory import weight_bytes
 from moe_jax.mesh import ExpertMesh
 from moe_jax.programs import ProgramStore
-from moe_jax.sampling import sample_fast
+from moe_jax.sampling import sample
 from tests import configs
 from tests.engines import SMALL
 
@@ -282,7 +282,7 @@ def test_the_step_of_a_wide_model(prefill: bool, tmp_path: Path) -> None:
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's kernels ask the mesh what its devices are, and here they are a CPU's."""
     monkeypatch.setattr("moe_jax.kernels.hopper_ffn.can_assign", lambda pairs, groups: False)
-    monkeypatch.setattr("moe_jax.kernels.sampling.sample", sample_fast)
+    monkeypatch.setattr("moe_jax.kernels.sampling.sample", partial(sample, straight=True))
 
 
 FLOAT8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
