@@ -1,6 +1,7 @@
 """The engine as a whole: nothing is compiled while serving, and nobody is forgotten."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from moe_jax.kernels.hopper_ffn import hopper_ffn_reference
 from moe_jax.kernels.paged_attention import paged_attention_reference
 from moe_jax.mesh import ExpertMesh
 from moe_jax.programs import ProgramStore
+from moe_jax.sampling import sample
 from tests.engines import make_engine, request, run
 
 
@@ -93,6 +95,10 @@ def test_without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.logits.keys() == expected.logits.keys()
     for key, logits in engine.logits.items():
         np.testing.assert_allclose(logits, expected.logits[key], atol=1e-4)
+    for bucket in engine.buckets:  # the host waits at no branch
+        program, mesh = Program("step", bucket, 2), engine.own
+        lowered = engine.programs.step(bucket, mesh).lower(*engine.programs.arguments(program, mesh)).as_text()
+        assert "stablehlo.case" not in lowered and "stablehlo.if" not in lowered
 
 
 def test_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +111,7 @@ def test_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [request(f"r{i}", [7 + i] * n, 3) for i, n in enumerate((5, 30, 70))]
     expected = make_engine(ranks=2)
     tokens = run(expected, requests)
+    monkeypatch.setattr("moe_jax.kernels.sampling.sample", partial(sample, straight=True))
     monkeypatch.setattr("moe_jax.executables.choose", lambda *args: "hopper")
     monkeypatch.setattr("moe_jax.executables.prepared_dtype", lambda dtype, platform: dtype)
     monkeypatch.setattr("moe_jax.kernels.hopper_ffn.hopper_ffn", hopper_ffn_reference)
