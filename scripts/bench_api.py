@@ -62,7 +62,7 @@ async def measure(address: str, web: str, streams: int, seconds: float) -> dict[
                     break
             await asyncio.sleep(0.05)
         after = prefill(web)
-        running = asyncio.gather(*(stream(inference, i) for i in range(streams)))
+        running = [asyncio.create_task(stream(inference, i)) for i in range(streams)]
         await asyncio.sleep(3)
 
         async def look() -> tuple[dict[str, Any], float]:
@@ -78,7 +78,9 @@ async def measure(address: str, web: str, streams: int, seconds: float) -> dict[
         await asyncio.sleep(seconds)
         later, ended = await look()
         used = {name: cpu(pids) - used[name] for name, pids in groups.items()}
-        running.cancel()
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         tokens = later["requests"]["tokens"] - status["requests"]["tokens"]
         inside = (after[0] - before[0]) / (after[1] - before[1])
         return {
