@@ -80,13 +80,6 @@ def slot_load(placed: np.ndarray, shares: np.ndarray) -> np.ndarray:
     return each[np.arange(len(shares))[:, None, None], placed]
 
 
-def unevenness(placed: np.ndarray, shares: np.ndarray) -> float:
-    """The most loaded rank's load over the mean rank's, averaged over layers; a layer without load is even."""
-    total = slot_load(placed, shares).sum(2)
-    most, mean = total.max(1), total.mean(1)
-    return float(np.divide(most, mean, out=np.ones(len(mean)), where=mean > 0).mean())
-
-
 def live_rows(
     slots: np.ndarray, ranks: Sequence[int], hosts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from math import comb
 
 import numpy as np
 
-from moe_jax.placement.board import Board, number_hosts, replicas, shares_of, unevenness
+from moe_jax.placement.board import Board, number_hosts, replicas, shares_of, slot_load
 from moe_jax.placement.planning import count_replicas
 
 MOST_SETS = 50_000  # sets of lost hosts that `fatal_probability` still enumerates
@@ -37,7 +37,9 @@ def imbalance(slots: np.ndarray, ranks: Sequence[int], load: np.ndarray | None, 
     nowhere when it has none.
     """
     placed = slots[:, np.asarray(ranks, np.int64)]
-    return unevenness(placed, shares_of(load, len(slots), num_experts))
+    total = slot_load(placed, shares_of(load, len(slots), num_experts)).sum(2)
+    most, mean = total.max(1), total.mean(1)
+    return float(np.divide(most, mean, out=np.ones(len(mean)), where=mean > 0).mean())  # no load is evenly spread
 
 
 def imbalance_bound(ranks: int, slots: int, replication: int, load: np.ndarray) -> float:

@@ -14,6 +14,7 @@ from moe_jax.config import parse_hugging_face
 from moe_jax.kernels import decode, paged_attention, routing, sampling
 from moe_jax.request import MAX_LOGPROBS
 from moe_jax.sampling import SampleParams, ordered_bits, restrict, sample, tempered
+from tests.gpus import lower
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas of jax 0.10 lacks some of it")
 BF16 = jnp.bfloat16
@@ -158,9 +159,5 @@ def test_sampling_lowers_for_a_gpu() -> None:
     spec = jax.ShapeDtypeStruct
     f32, i32 = spec((n,), jnp.float32), spec((n,), jnp.int32)
     p: Any = SampleParams(f32, f32, i32, spec((n, 2), jnp.uint32), i32)  # pyright: ignore[reportArgumentType]
-    device = getattr(jax.sharding, "AbstractDevice")("NVIDIA H200", 132, "gpu")  # noqa: B009  not in jax 0.10
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)  # type: ignore[call-arg]
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(sampling.sample).trace(spec((n, vocab), jnp.float32), p, spec((), jnp.bool_))
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = lower(sampling.sample, spec((n, vocab), jnp.float32), p, spec((), jnp.bool_))
     assert "stablehlo.case" not in text and "stablehlo.if" not in text and "stablehlo.while" not in text

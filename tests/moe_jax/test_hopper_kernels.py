@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractMesh
 
 from moe_jax.checkpoint import load_params, open_checkpoint
 from moe_jax.config import ConfigError
@@ -49,6 +48,7 @@ from moe_jax.programs import ProgramStore
 from moe_jax.sampling import sample
 from tests import configs
 from tests.engines import SMALL
+from tests.gpus import lower
 
 new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Pallas of jax 0.10 lacks some of it")
 BF16 = jnp.bfloat16
@@ -228,17 +228,6 @@ def test_paged_attention(shape: str) -> None:
 
 def shape(*sizes: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
-
-
-def on_a_gpu() -> Any:
-    """So that Triton's kernels are lowered for one."""
-    device = getattr(jax.sharding, "AbstractDevice")("NVIDIA H200", 132, "gpu")  # noqa: B009  not in jax 0.10
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))  # type: ignore[call-arg]
-
-
-def lower(f: Callable[..., Any], *args: Any) -> str:
-    with on_a_gpu():
-        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @new_jax
