@@ -231,8 +231,6 @@ def put_global(
 
 # Collectives that wait for a lost rank
 
-_RINGS = 30  # NCCL's threads have room for some dozens of connections
-_RING_EVERY = 2  # attempts: communicators end one after the other, each when it is rung
 _HANG_UP = 100  # attempts; XLA's abort takes up to 0.9 s where processes share a GPU
 _SO_ATTACH_FILTER = 26  # Linux; not in Python's socket module
 _GENTLE = 10  # attempts at a cut that leave what is written alone
@@ -254,11 +252,11 @@ def open_sockets() -> dict[str, int]:
     return found
 
 
-def _sockets(spared: Collection[str] = ()) -> Iterator[socket.socket]:
-    """This process's sockets but these; each is closed again, and stays open where it is used."""
+def _sockets(spared: Collection[str] = (), only: Collection[str] | None = None) -> Iterator[socket.socket]:
+    """This process's sockets but `spared`, or `only` these; each is closed again, and stays open where it is used."""
     for name, fd in open_sockets().items():
         with contextlib.suppress(OSError):
-            if name not in spared:
+            if name not in spared and (only is None or name in only):
                 with socket.socket(fileno=os.dup(fd)) as s:
                     yield s
 
@@ -287,19 +285,14 @@ def cut_collectives(service_address: str, attempt: int = 0, spared: Collection[s
 
     Gloo does not pass an abort on: a survivor that waits for another which has given up would wait for ever. So all
     TCP sockets but the one to the JAX service are shut down; first for reading only, see `shield_collectives`. NCCL is
-    aborted by XLA, which joins NCCL's service threads: these sleep up to 0.5 s on a listening TCP socket and an
-    abstract Unix one, so both are rung. `spared` are sockets, as `open_sockets` names them, of NCCL's other
-    communicators: one that is rung and not aborted hangs later. What XLA cannot abort is a communicator that is being
-    made: NCCL waits in it for a lost rank to connect (seen with 0.11.2). So if it takes longer than an abort ever does,
-    NCCL's connections end, which ends that wait with an error.
+    aborted by XLA, see `ring`. What XLA cannot abort is a communicator that is being made: NCCL waits in it for a lost
+    rank to connect (seen with 0.11.2). So if it takes longer than an abort ever does, NCCL's connections end, which
+    ends that wait with an error; `spared` are sockets, as `open_sockets` names them, of its other communicators.
     """
     if jax.default_backend() == "cpu":
         for s in _peers(service_address):
             with contextlib.suppress(OSError):
                 s.shutdown(socket.SHUT_RD if attempt < _GENTLE else socket.SHUT_RDWR)
-    elif attempt < _RINGS * _RING_EVERY:
-        if attempt % _RING_EVERY == 0:
-            _wake_nccl(spared)
     elif attempt >= _HANG_UP:
         for s in _peers(service_address, spared, listening=True):
             with contextlib.suppress(OSError):
@@ -363,17 +356,34 @@ def _peers(service_address: str, spared: Collection[str] = (), listening: bool =
                 yield s
 
 
-def _wake_nccl(spared: Collection[str]) -> None:
-    for s in _sockets(spared):
+def ring(doomed: Collection[str]) -> bool:
+    """Wake the threads of NCCL communicators that XLA is aborting; `doomed` are their sockets, as `open_sockets` names
+    them. From any thread, again and again until the answer is False: none of them is left.
+
+    ncclCommAbort joins NCCL's service threads, one after the other, and these sleep up to 0.5 s on a listening TCP
+    socket and on an abstract Unix one (NCCL 2.28). XLA aborts in threads of its own: the step that was inside may have
+    failed long before they are done, and a new communicator waits for them. One that is rung and not aborted hangs.
+    """
+    rung = False
+    for s in _sockets(only=doomed):
         with contextlib.suppress(OSError):
             if s.family == socket.AF_UNIX and s.type == socket.SOCK_DGRAM and s.getsockname():
+                rung = True
                 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as c:
                     c.setblocking(False)
                     c.sendto(bytes(64), s.getsockname())
             elif s.type == socket.SOCK_STREAM and s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                rung = True
                 with socket.socket(s.family, socket.SOCK_STREAM) as c:
                     c.settimeout(0.2)
                     c.connect(s.getsockname())
+    return rung
+
+
+def device_is_lost(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether it is one after which CUDA refuses everything else in this process, such as an illegal address."""
+    named = re.search(r"CUDA_ERROR_(\w+)", str(error))
+    return named is not None and named[1] not in ("OUT_OF_MEMORY", "NOT_READY")
 
 
 # Fencing, in the process of the service

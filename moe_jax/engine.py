@@ -183,6 +183,12 @@ class Engine:
             if int(np.asarray(total)[0]) != mesh.size:
                 raise jax.errors.JaxRuntimeError(f"epoch {self.epoch}: a collective was aborted")
 
+    def drain(self) -> None:
+        """Wait until the devices have done what they were given before. From any thread. Raises JaxRuntimeError."""
+        zero = np.float32(0)
+        last = [self.programs.call(filled, d, zero, shape=(1,), dtype=jnp.dtype("float32")) for d in self.own.devices]
+        jax.block_until_ready(last)
+
     def leave(self) -> None:
         """The epoch is over; no step until another one is entered. A step that was begun ahead did not happen."""
         if self._flights:
@@ -211,7 +217,8 @@ class Engine:
         return fetched
 
     def prime(self) -> None:
-        """Compile what setting a slot and looking at loads take, so that neither has to."""
+        """Compile what draining, setting a slot and looking at loads take, so that none of them has to."""
+        self.drain()
         self.look_at_loads()
         self.loads()
         for i in range(len(self.ranks)):
@@ -417,6 +424,19 @@ class Engine:
             jax.block_until_ready(out)
             self._write(bucket, new, self.own.put(vectors, SHARDED))
         jax.block_until_ready(self.cache)
+
+    def rehearse(self) -> None:
+        """Before any epoch, on a GPU: run the programs of a mesh of this process's devices alone, if such a mesh could
+        serve and nobody need compile them. A GPU is given a program's code when it first runs, and whoever is the only
+        one left has no time for that."""
+        covered = all(set(range(self.model.num_experts)) <= set(layer.ravel().tolist()) for layer in self.slots)
+        if self.programs.kind == "cpu" or not covered:
+            return
+        if self.programs.missing(self.programs.wanted(self.own.size, self.own.size)):
+            return
+        self.mesh, self.fixed = self.own, self._fix(self.own, self.slots)
+        self.warm_up()
+        self.leave()
 
     # Loads
 

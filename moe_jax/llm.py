@@ -117,7 +117,8 @@ def engine_config(
     known.setdefault("deterministic", on_cpu)
     if memory is not None:
         known.setdefault("max_batch", 256)
-        known.setdefault("max_prefill_rows", 8192)
+    if not on_cpu:  # a lost rank's requests are prefilled while clients wait
+        known.setdefault("max_prefill_rows", 2048 if memory is None else 8192)
     config = EngineConfig(ranks=ranks, **known)
     if memory is not None:
         fit = pages_that_fit(model, config, memory)

@@ -53,7 +53,7 @@ from rich.table import Table
 
 from moe_jax.llm import model_directory
 
-PHASES = ("detect", "fence", "agree", "fail", "load", "compile", "rebuild", "resume", "pause")
+PHASES = ("detect", "fence", "agree", "fail", "load", "compile", "rebuild", "first_step", "resume", "pause")
 WHOLE = 120.0  # seconds that a host may take to come back
 HANG = 300.0  # seconds without a token; a restart of everything must fit
 RESTORED = 10.0  # seconds that restoring redundancy may take
@@ -183,7 +183,8 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
             kill = await kill_and_return(cluster, traffic, host, numbers[i % len(numbers)])
             kills.append(kill)
             what = "{host}, {signal}, {pause_ms} ms; back after {back_s} s, {rejoin_ms} ms".format(**kill)
-            say(f"{i + 1}: {what}")
+            phases = ", ".join(f"{p} {loss[f'{p}_ms']}" for loss in kill["losses"] for p in PHASES)
+            say(f"{i + 1}: {what} ({phases})")
         restarted = await restart(cluster, traffic)
         say(f"everything started again: {restarted} ms")
         await traffic.stop()

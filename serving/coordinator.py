@@ -367,6 +367,7 @@ class Coordinator:
                     self._recoveries.entered(body["epoch"], body["ms"])
                     self._do(self._membership.entered(rank, incarnation, body["epoch"], time.monotonic()))
                 case "failed":
+                    log.warning("rank %d: epoch %d: %s", rank, body["epoch"], body["message"])
                     self._do(self._membership.failed(rank, incarnation, body["epoch"], time.monotonic()))
                 case "loads":
                     counts = np.frombuffer(message.blob, np.int64).reshape(body["shape"])

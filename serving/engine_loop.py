@@ -22,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import jax
@@ -31,9 +31,11 @@ import numpy as np
 from moe_jax.distributed import (
     Meetings,
     cut_collectives,
+    device_is_lost,
     end_connecting,
     forget_communicator,
     open_sockets,
+    ring,
     shield_collectives,
 )
 from moe_jax.engine import Engine, Experts, ScoreJob
@@ -48,6 +50,8 @@ HEARTBEAT = 1.0  # seconds: while steps go on, something is said at least this o
 SCORE_BYTES = 16 << 20  # of log-probabilities in one message
 _CUT_EVERY = 0.01  # seconds; sockets may still be opening while they are shut
 _CUT_FOR = 2.0  # seconds; leaving takes some hundredths
+_RING_OFTEN = 10  # times; then more seldom, for NCCL's threads have room for some dozens of callers
+_RING_SELDOM = 0.04  # seconds
 _END_CONNECTING = 3  # cuts after which a communicator that is being made is to be ended, too
 _SHIELD_EVERY = 0.005  # seconds, while sockets may be opening
 _BARRIER = 60.0  # seconds; the coordinator gives up on this rank before that
@@ -155,6 +159,9 @@ class EngineLoop:
             self._aborted = max(self._aborted, message.body["epoch"])
             spared = self._spared(set(message.body["survivors"]))
             threading.Thread(target=self._cut_until_outside, args=(spared,), name="cut", daemon=True).start()
+            if self.engine.programs.connects_ahead:
+                doomed = open_sockets().keys() - spared
+                threading.Thread(target=self._ring_until_gone, args=(doomed,), name="ring", daemon=True).start()
         elif message.body["type"] == "adopt":
             engine = self.engine
             epoch = 0 if engine.mesh is None else engine.epoch
@@ -173,6 +180,19 @@ class EngineLoop:
         print(f"still inside a collective {_CUT_FOR:g} s after it was aborted: this engine ends", file=sys.stderr)
         faulthandler.dump_traceback(sys.stderr)
         os._exit(STUCK)
+
+    def _ring_until_gone(self, doomed: set[str]) -> None:
+        """Help XLA's abort to its end, but not before the step that was inside has returned and the device has done
+        what it was given: XLA would destroy the communicator in the hands of the thread that enqueues the step
+        (`lockable.h: is_unlocked_`), and NCCL free memory that collectives in the queue still read."""
+        until, rung = time.monotonic() + _CUT_FOR, 0
+        while 0 < self._inside <= self._aborted:
+            time.sleep(_TICK)
+        with suppress(jax.errors.JaxRuntimeError):
+            self.engine.drain()
+        while time.monotonic() < until and ring(doomed):
+            rung += 1
+            time.sleep(_CUT_EVERY if rung < _RING_OFTEN else _RING_SELDOM)
 
     def _end_connecting(self, mesh: ExpertMesh) -> None:
         while self._connecting is mesh and not end_connecting(self._client, mesh.devices):
@@ -365,6 +385,9 @@ class EngineLoop:
             engine.leave()
             return False
         except jax.errors.JaxRuntimeError as e:
+            if device_is_lost(e):
+                print(f"this engine ends, for its device does nothing more: {e}", file=sys.stderr, flush=True)
+                os._exit(STUCK)
             engine.leave()
             self._failed(engine.epoch, str(e))
             return False

@@ -20,7 +20,7 @@ from serving.access import trace_parent
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _STATES = ("live", "joining", "lost")
-PHASES = ("detect", "fence", "agree", "fail", "load", "compile", "rebuild", "resume")
+PHASES = ("detect", "fence", "agree", "fail", "load", "compile", "rebuild", "first_step", "resume")
 
 requests_log = logging.getLogger("moe_jax.requests")
 

@@ -5,7 +5,8 @@ Phases, in milliseconds (seconds of time.monotonic go in):
     detect_ms   from the first evidence to the fence. Where heartbeats went missing, from the last sign of life
     fence_ms    until the JAX service has shut the last lost rank out
     agree_ms    until the epoch was announced, and what the engines' own first agreement took
-    fail_ms, load_ms, compile_ms, rebuild_ms   in the engines, of the slowest rank; fail: until XLA gave up
+    fail_ms, load_ms, compile_ms, rebuild_ms, first_step_ms   in the engines, of the slowest rank; fail: until XLA gave
+                up; the first step makes the communicator if none was built ahead
     resume_ms   from the last acknowledgement to the first token
     pause_ms    the longest gap between two tokens of any stream, across all of it; None if there was no stream
 """
@@ -21,7 +22,7 @@ from serving import membership
 
 _KEPT = 512  # records
 _RANKS_CHANGE = ("loss", "join", "drain")
-_ENGINE = ("agree", "fail", "load", "compile", "rebuild")
+_ENGINE = ("agree", "fail", "load", "compile", "rebuild", "first_step")
 
 
 @dataclass(eq=False)
