@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain, combinations
 from pathlib import Path
@@ -25,6 +25,9 @@ from serving.rebalancing import Policy
 _KEPT = 64 << 20  # bytes of repairs at hand
 # What a rank puts in place between two steps, beside serving: some milliseconds of copying, and of dispatching.
 _PART_BYTES, _PART_SLOTS = 64 << 20, 16
+# Seconds in which an engine hands a step to its GPU. XLA's abort, which the fence begins, destroys a communicator; if a
+# step that uses it is still being handed over then, the engine may crash (`lockable.h: is_unlocked_`, jax 0.11.2).
+_HANDED_OVER = 0.02
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Cluster:
     service: str = "serving.jax_service"  # modules; tests have others
     engine: str = "serving.engine_process"
     service_host: str = "127.0.0.1"  # of this machine, as engines on others can reach it
+    fence_after: float = 0.0  # seconds between the evidence and the fence, see `make_cluster`
     max_tokens: int = 1 << 22  # of the prompts and outputs of all requests that are open
     max_wait: float = 10.0  # seconds that a new one may have to wait for its turn, as far as can be said
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
@@ -155,7 +159,8 @@ def make_cluster(
         "cache": None if cache is None else str(cache),
         "timeout": startup_timeout,
     }
-    return Cluster(rules, Limits.of(config), model.num_experts, start, repairs, rebalance, policy), model, config
+    cluster = Cluster(rules, Limits.of(config), model.num_experts, start, repairs, rebalance, policy)
+    return (cluster if platform == "cpu" else replace(cluster, fence_after=_HANDED_OVER)), model, config
 
 
 def keep_in_place(held: Slots, wanted: Slots) -> Slots:

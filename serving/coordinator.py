@@ -571,7 +571,7 @@ class Coordinator:
         self._recoveries.fence(now if stream is None else stream.ill_since or stream.heard, now)
         if service is not None:
             self._fences.setdefault((generation, node), deque()).append((rank, incarnation))
-            service.fence(node)
+            service.fence(node, self.cluster.fence_after)
 
     def _dismiss(self, rank: int, incarnation: int, reason: str) -> None:
         self.router.lost(rank, incarnation)
