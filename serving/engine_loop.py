@@ -39,6 +39,7 @@ from moe_jax.distributed import (
 from moe_jax.engine import Engine, Experts, ScoreJob
 from moe_jax.executables import compilations
 from moe_jax.mesh import ExpertMesh
+from serving import heap
 from serving.channel import Message
 from serving.inbox import Inbox
 from serving.messages import pack_event, unpack_request
@@ -267,6 +268,8 @@ class EngineLoop:
             if engine.epoch != body["number"] or engine.mesh is None:
                 return
             engine.prepare(mesh, np.array(body["slots"], np.int32)[:, order])
+        # A program takes 5 MiB of small blocks once it is loaded; those of former meshes lay all over the arenas.
+        heap.trim()
         self._send({"type": "prepared", "epoch": body["number"]})
 
     def _connect_ahead(self) -> None:
