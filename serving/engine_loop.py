@@ -264,12 +264,11 @@ class EngineLoop:
         if engine.epoch != body["number"] or engine.mesh is None:
             return
         engine.programs.keep_only(own, engine.mesh.devices, *(mesh.devices for mesh, _ in ahead))
+        heap.trim()  # a loaded program is 5 MiB of small blocks, all over the arenas
         for mesh, order in ahead:
             if engine.epoch != body["number"] or engine.mesh is None:
                 return
             engine.prepare(mesh, np.array(body["slots"], np.int32)[:, order])
-        # A program takes 5 MiB of small blocks once it is loaded; those of former meshes lay all over the arenas.
-        heap.trim()
         self._send({"type": "prepared", "epoch": body["number"]})
 
     def _connect_ahead(self) -> None:
