@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from statistics import median
 
 from _cluster import Resources
@@ -25,6 +25,8 @@ DEFINITION = (
     f"{EARLY}th by at most {MEMORY[1]:.0%} or {MEMORY[0]} MiB, and by at most {THREADS} threads. Sockets are bounded: "
     f"an engine is replaced after {EPOCHS} epochs, each of which costs it at most one for every other rank."
 )
+
+_AMOUNTS = ("memory", "threads", "sockets")
 
 Samples = Mapping[int, Mapping[str, Resources]]
 """By number of faults until then, what each process had, by its role."""
@@ -57,7 +59,7 @@ class Growth:
         """memory, threads, sockets, each as "early → late, at most", and the verdict."""
         each = [
             f"{getattr(self.early, name):.0f} → {getattr(self.late, name):.0f}, ≤ {getattr(self.most, name):.0f}"
-            for name in ("memory", "threads", "sockets")
+            for name in _AMOUNTS
         ]
         return [*each, "yes" if self.flat else "NO"]
 
@@ -79,7 +81,7 @@ def by_process(samples: Samples) -> dict[str, Growth]:
             [samples[n][role] for n in some if role in samples[n]] for some in (early, late, numbers)
         )
         if before:
-            growths[role] = Growth(_median(before), _median(after), _most(always))
+            growths[role] = Growth(medians(before), medians(after), _most(always))
     return growths
 
 
@@ -89,34 +91,33 @@ def _ends(numbers: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
     return numbers[until - WINDOW : until], numbers[-WINDOW:]
 
 
-def by_age(samples: Samples) -> dict[tuple[int, int], tuple[int, Amounts]]:
-    """Of engines that had lived through so many faults, least and most: how many measurements, and their median."""
-    born: dict[int, int] = {}
-    ages: dict[int, list[Resources]] = {}
+def by_age(samples: Samples) -> dict[tuple[int, int], list[Resources]]:
+    """What engines had that had lived through so many faults, least and most."""
+    born: dict[int, int] = {}  # by process id: the number of the measurement that was its first
+    aged: list[tuple[int, Resources]] = []
     for count, number in enumerate(sorted(samples)):
         for role, found in samples[number].items():
             if role.startswith("engine"):
-                age = count - born.setdefault(found.pid, count)
-                ages.setdefault(age, []).append(found)
-    classes: dict[tuple[int, int], tuple[int, Amounts]] = {}
+                aged.append((count - born.setdefault(found.pid, count), found))
+    classes: dict[tuple[int, int], list[Resources]] = {}
     for least, beyond in pairwise((*AGES, 1 << 30)):
-        members = [r for age, rs in ages.items() if least <= age < beyond for r in rs]
+        members = [(age, found) for age, found in aged if least <= age < beyond]
         if members:
-            classes[least, max(age for age in ages if age < beyond)] = len(members), _median(members)
+            classes[least, max(age for age, _ in members)] = [found for _, found in members]
     return classes
 
 
-def grown_with_age(classes: Mapping[tuple[int, int], tuple[int, Amounts]]) -> Growth | None:
-    """The youngest class against the oldest of which there are enough measurements. None: there are no two."""
-    enough = [amounts for _, (count, amounts) in sorted(classes.items()) if count >= WINDOW]
+def with_age(classes: Mapping[tuple[int, int], Sequence[Resources]]) -> Growth | None:
+    """From the youngest class to the oldest of which there are enough measurements. None: there are no two."""
+    enough = [found for _, found in sorted(classes.items()) if len(found) >= WINDOW]
     if len(enough) < 2:
         return None
-    return Growth(enough[0], enough[-1], _most(enough))
+    return Growth(medians(enough[0]), medians(enough[-1]), _most(list(chain(*enough))))
 
 
-def _median(found: Sequence[Resources]) -> Amounts:
-    return Amounts(*(median(getattr(r, name) for r in found) for name in ("memory", "threads", "sockets")))
+def medians(found: Sequence[Resources]) -> Amounts:
+    return Amounts(*(median(getattr(r, name) for r in found) for name in _AMOUNTS))
 
 
-def _most(found: Sequence[Resources | Amounts]) -> Amounts:
-    return Amounts(*(max(getattr(r, name) for r in found) for name in ("memory", "threads", "sockets")))
+def _most(found: Sequence[Resources]) -> Amounts:
+    return Amounts(*(max(getattr(r, name) for r in found) for name in _AMOUNTS))

@@ -43,7 +43,7 @@ from _cluster import (
     worker_command,
 )
 from _cluster import run as in_loop
-from _growth import DEFINITION, Growth, by_age, by_process, grown_with_age
+from _growth import DEFINITION, Growth, by_age, by_process, medians, with_age
 from rich.console import Console
 from rich.table import Table
 
@@ -469,7 +469,7 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
     tally = traffic.tally
     ok = tally.clean and all(e.recovered and not e.problems and not e.missing for e in chaos.events)
     processes, ages = by_process(chaos.resources), by_age(chaos.resources)
-    aged = grown_with_age(ages)
+    aged = with_age(ages)
     grown = [*processes.values(), *([] if aged is None else [aged])]
     return {
         "ok": ok,
@@ -483,7 +483,7 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
         "resources": {
             "measured": {n: {role: asdict(r) for role, r in found.items()} for n, found in chaos.resources.items()},
             "processes": {role: asdict(growth) for role, growth in processes.items()},
-            "ages": [[least, most, count, asdict(found)] for (least, most), (count, found) in ages.items()],
+            "ages": [[least, most, len(found), asdict(medians(found))] for (least, most), found in ages.items()],
             "aged": None if aged is None else asdict(aged),
             "flat": all(growth.flat for growth in grown) if processes else None,
         },

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from _cluster import Resources  # noqa: E402
-from _growth import by_age, by_process, grown_with_age  # noqa: E402
+from _cluster import Resources  # noqa: E402  # pyright: ignore[reportMissingImports]
+from _growth import by_age, by_process, with_age  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 def measured(count: int, growth: float, lives: int) -> dict[int, dict[str, Resources]]:
@@ -34,17 +34,17 @@ def test_what_does_not_grow_is_flat() -> None:
         "engine 1": True,
     }
     assert grown["supervisor 0"].row() == ["40 → 40, ≤ 40", "18 → 108, ≤ 110", "9 → 9, ≤ 9", "NO"]
-    aged = grown_with_age(by_age(samples))
+    aged = with_age(by_age(samples))
     assert aged is not None and aged.flat and aged.most.sockets <= 12
 
 
 def test_what_grows_and_is_replaced_grows_with_age() -> None:
     ages = by_age(measured(100, 3.0, 30))
     assert [least for least, _ in ages] == [1, 3, 6, 11, 21] and list(ages)[-1] == (21, 30)
-    aged = grown_with_age(ages)
+    aged = with_age(ages)
     assert aged is not None and not aged.flat
 
 
 def test_few_faults_say_nothing() -> None:
     assert by_process(measured(9, 0.0, 30)) == {}
-    assert grown_with_age(by_age(measured(4, 0.0, 30))) is None
+    assert with_age(by_age(measured(4, 0.0, 30))) is None
