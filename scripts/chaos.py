@@ -6,7 +6,8 @@
 Starts `moe-jax serve` with the demo model and keeps 32 streams running through its public API. Every stream is compared
 token by token with what one host gives in a process of its own, computed before. Between two faults the cluster becomes
 whole again. Exit code 1 if a token was lost, duplicated or changed, if a stream hung or saw an error, if an expert was
-missing while requests were served, or if the cluster did not become whole.
+missing while requests were served, or if the cluster did not become whole. Whether memory and threads of its processes
+stay flat is printed, and decides nothing.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from _cluster import (
     worker_command,
 )
 from _cluster import run as in_loop
+from _growth import DEFINITION, Growth, by_age, by_process, medians, with_age
 from rich.console import Console
 from rich.table import Table
 
@@ -466,8 +468,9 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
                 await chaos.distant.close()
     tally = traffic.tally
     ok = tally.clean and all(e.recovered and not e.problems and not e.missing for e in chaos.events)
-    measured = sorted(chaos.resources)
-    kept = {n: chaos.resources[n] for n in {measured[min(10, len(measured)) - 1], measured[-1]}} if measured else {}
+    processes, ages = by_process(chaos.resources), by_age(chaos.resources)
+    aged = with_age(ages)
+    grown = [*processes.values(), *([] if aged is None else [aged])]
     return {
         "ok": ok,
         "shape": asdict(shape),
@@ -477,7 +480,13 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
         "seconds": round(time.monotonic() - begun, 1),
         "tally": asdict(tally),
         "faults": [asdict(event) for event in chaos.events],
-        "resources": {n: {role: asdict(r) for role, r in found.items()} for n, found in sorted(kept.items())},
+        "resources": {
+            "measured": {n: {role: asdict(r) for role, r in found.items()} for n, found in chaos.resources.items()},
+            "processes": {role: asdict(growth) for role, growth in processes.items()},
+            "ages": [[least, most, len(found), asdict(medians(found))] for (least, most), found in ages.items()],
+            "aged": None if aged is None else asdict(aged),
+            "flat": all(growth.flat for growth in grown) if processes else None,
+        },
         "recoveries": status["recoveries"],
         "requests": status["requests"],
     }
@@ -489,17 +498,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
     for fault in result["faults"]:
         table.add_row(*Event(**fault).row())
     console.print(table)
-    if result["resources"]:
-        numbers = list(result["resources"])
-        title = f"After {' and '.join(f'{n} faults' for n in numbers)}"
-        table = Table("process", "memory MiB", "threads", "sockets", title=title)
-        first, last = result["resources"][numbers[0]], result["resources"][numbers[-1]]
-        for role, now in last.items():
-            before = first.get(role, now)
-            new = "" if before["pid"] == now["pid"] else " (a new one)"
-            changes = (f"{before[name]} → {now[name]}" for name in ("memory", "threads", "sockets"))
-            table.add_row(role + new, *changes)
-        console.print(table)
+    show_resources(console, result["resources"])
     tally = result["tally"]
     console.print(
         "{streams} streams, {tokens} tokens: {lost} lost, {duplicated} duplicated, {changed} changed; {texts} texts "
@@ -509,6 +508,23 @@ def show(console: Console, result: dict[str, Any]) -> None:
     )
     for detail in tally["details"]:
         console.print(detail, markup=False)
+
+
+def show_resources(console: Console, resources: dict[str, Any]) -> None:
+    amounts = ("memory MiB", "threads", "sockets")
+    if resources["processes"]:
+        table = Table("process", *amounts, "flat", title="Medians early and late, and the most", caption=DEFINITION)
+        for role, growth in resources["processes"].items():
+            table.add_row(role, *Growth.of(growth).row())
+        if resources["aged"] is not None:
+            table.add_section()
+            table.add_row("engines, the young and the old", *Growth.of(resources["aged"]).row())
+        console.print(table)
+    if resources["ages"]:
+        table = Table("faults lived through", "measurements", *amounts, title="Engines by age, medians")
+        for least, most, count, found in resources["ages"]:
+            table.add_row(f"{least} to {most}", str(count), *(f"{value:.0f}" for value in found.values()))
+        console.print(table)
 
 
 def parse() -> argparse.Namespace:

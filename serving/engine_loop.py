@@ -41,6 +41,7 @@ from moe_jax.distributed import (
 from moe_jax.engine import Engine, Experts, ScoreJob
 from moe_jax.executables import compilations
 from moe_jax.mesh import ExpertMesh
+from serving import heap
 from serving.channel import Message
 from serving.inbox import Inbox
 from serving.messages import pack_event, unpack_request
@@ -283,6 +284,7 @@ class EngineLoop:
         if engine.epoch != body["number"] or engine.mesh is None:
             return
         engine.programs.keep_only(own, engine.mesh.devices, *(mesh.devices for mesh, _ in ahead))
+        heap.trim()  # a loaded program is 5 MiB of small blocks, all over the arenas
         for mesh, order in ahead:
             if engine.epoch != body["number"] or engine.mesh is None:
                 return

@@ -1,5 +1,7 @@
 """The engine as a whole: nothing is compiled while serving, and nobody is forgotten."""
 
+import gc
+import threading
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -159,3 +161,21 @@ def test_a_failed_step_changes_nothing(silent: bool, monkeypatch: pytest.MonkeyP
         except RuntimeError:
             failed += 1
     assert failed > 5 and found == undisturbed
+
+
+def test_epochs_leave_nothing_behind() -> None:
+    """Neither programs that were loaded for meshes of former epochs, nor arrays, nor threads."""
+    engine, devices = make_engine(return_logits=False), jax.devices()
+    counts = []
+    for epoch in range(2, 8):
+        engine.enter(epoch, engine.own, engine.slots)
+        ahead = (devices[1 + epoch % 3],)  # as if it were what a loss leaves
+        engine.programs.keep_only(engine.own.devices, ahead)
+        for bucket in engine.buckets:
+            engine.programs.load(Program("step", bucket, 1), ahead)
+        engine.prepare(engine.own, engine.slots)
+        assert len(run(engine, [request(f"r{epoch}", [5, 6, 7])])[f"r{epoch}"]) == 8
+        gc.collect()
+        programs = len(devices[0].client.live_executables())
+        counts.append((programs, len(jax.live_arrays()), threading.active_count()))
+    assert counts[1:] == counts[1:2] * 5, counts

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM
@@ -167,8 +168,12 @@ def test_another_while_recovering_and_another_while_joining():
 def test_again_and_again():
     """Orders of ranks, each good for one mesh, are used up; a new generation takes over. Nothing is left behind."""
 
+    def held() -> tuple[int, int]:
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
     async def scenario(r: Running) -> None:
         r.submit(6, 6000)
+        before = held()
         for i in range(8):
             await r.flowing()
             epoch = r.status()["epoch"]
@@ -177,6 +182,7 @@ def test_again_and_again():
         assert r.status()["generation"] > 1
         c = r.coordinator
         assert len(c._streams) <= 8 and len(c._current) == 3 and len(c._services) == 1
+        await r.until(lambda: all(now <= then for now, then in zip(held(), before, strict=True)))
 
     run(scenario, fake_cluster(FOUR[:3], slots=8, replication=3, fake={"step": 0.002}))
 
