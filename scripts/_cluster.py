@@ -22,11 +22,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
+from _shapes import add_model_options, write_model
 
 from serving.access import TOKEN_VARIABLE
 from serving.environment import guess_platform
@@ -82,10 +83,20 @@ class Shape:
     deterministic: bool | None = None
 
     @staticmethod
-    def of(args: argparse.Namespace) -> Shape:
-        """What was given for `add_shape_options`."""
+    def of(args: argparse.Namespace, directory: Path) -> Shape:
+        """What was given for `add_shape_options`. directory: where a model of random weights is described."""
         given = vars(args)
-        return Shape(**{f.name: given[f.name] for f in fields(Shape) if f.name in given})
+        shape = Shape(**{f.name: given[f.name] for f in fields(Shape) if f.name in given})
+        if args.shape == "demo":
+            return shape
+        model = write_model(args.shape, args.layers, directory / "model")
+        return replace(
+            shape,
+            model=str(model),
+            load_format="dummy",
+            max_model_len=shape.max_model_len or 2048,
+            max_batch=shape.max_batch or -(-args.streams // 16) * 16,
+        )
 
     @property
     def ranks(self) -> int:
@@ -118,7 +129,9 @@ class Shape:
 
 
 def add_shape_options(parser: argparse.ArgumentParser, hosts: int) -> None:
+    """And those of `_shapes.add_model_options`. The script has one more, --streams."""
     group = parser.add_argument_group("cluster")
+    add_model_options(group)
     group.add_argument("--hosts", type=int, default=hosts)
     group.add_argument("--ranks-per-host", type=int, default=1)
     group.add_argument("--slots", type=int, help="expert slots per layer and rank")

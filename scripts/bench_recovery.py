@@ -21,7 +21,6 @@ import contextlib
 import datetime
 import json
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -29,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,8 @@ from _cluster import (
     worker_command,
 )
 from _cluster import run as in_loop
-from bench_serving import SHAPES, write_shape
 from rich.console import Console
 from rich.table import Table
-
-from moe_jax.llm import model_directory
 
 PHASES = ("detect", "fence", "agree", "fail", "load", "compile", "rebuild", "first_step", "resume", "pause")
 WHOLE = 120.0  # seconds that a host may take to come back
@@ -93,14 +89,6 @@ async def kill_and_return(cluster: Cluster, traffic: Traffic, host: str, number:
         "compilations": status["compilations"] - before["compilations"],
         "tokens_per_second": traffic.timeline(begun - BEFORE, time.monotonic(), WINDOW),
     }
-
-
-def write_model(name: str, layers: int | None, directory: Path) -> Path:
-    """bench_serving's shape, with the demo's tokenizer, which knows the first of its tokens."""
-    directory.mkdir(parents=True)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model_directory("demo") / file, directory)
-    return write_shape(name, layers, directory)
 
 
 async def restart(cluster: Cluster, traffic: Traffic) -> float:
@@ -154,16 +142,7 @@ async def _settled(cluster: Cluster) -> None:
 
 
 async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    shape, draw = Shape.of(args), random.Random(args.seed)
-    if args.shape != "demo":
-        model = str(write_model(args.shape, args.layers, directory / "model"))
-        shape = replace(
-            shape,
-            model=model,
-            load_format="dummy",
-            max_model_len=shape.max_model_len or 2048,
-            max_batch=shape.max_batch or -(-args.streams // 16) * 16,
-        )
+    shape, draw = Shape.of(args, directory), random.Random(args.seed)
     kill_or_stop = {"kill": [signal.SIGKILL], "stop": [signal.SIGSTOP], "both": [signal.SIGKILL, signal.SIGSTOP]}
     numbers = kill_or_stop[args.signal]
     jobs = make_jobs(64, args.seed)
@@ -290,8 +269,6 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement of tokens per second")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--signal", choices=("kill", "stop", "both"), default="kill", help="both: in turns")
-    parser.add_argument("--shape", choices=("demo", *SHAPES), default="demo", help="random weights, but for the demo")
-    parser.add_argument("--layers", type=int, help="of the shape: fewer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep logs and journals there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens per second (needs moe-jax[plot])")

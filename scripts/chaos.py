@@ -427,7 +427,7 @@ def sweep(chaos: Chaos, shape: Shape, size: int) -> Iterator[tuple[str, Callable
 
 
 async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    shape = Shape.of(args)
+    shape = Shape.of(args, directory)
     begun = time.monotonic()
     jobs = make_jobs(args.jobs, args.seed, *args.tokens)
     say(f"{len(jobs)} requests on one host, for comparison; programs for {shape}")
