@@ -311,12 +311,13 @@ class Traffic:
         retry: bool = False,
         resume: bool = False,
         once: bool = False,
+        ended: Callable[[Stream], None] = lambda stream: None,
     ) -> None:
         """hang: seconds without a token after which a stream is given up. retry: ask again when a stream breaks, as a
         client does whose server was restarted; resume: go on where it broke. Otherwise that is an error. once: no
-        stream begins when another ends."""
+        stream begins when another ends. ended: is given each stream that came to its end."""
         self._jobs, self._expected, self._width, self._hang, self._retry = jobs, expected, width, hang, retry
-        self._resume, self._once = resume, once
+        self._resume, self._once, self._ended = resume, once, ended
         self.resumed = 0  # times
         self._channel = grpc.aio.insecure_channel(address, options=_GRPC)
         self._stub = rpc.InferenceStub(self._channel)
@@ -331,7 +332,7 @@ class Traffic:
         self._tasks = [asyncio.create_task(self._follow_jobs()) for _ in range(self._width)]
 
     async def stop(self) -> None:
-        """Begin nothing more, and wait for what runs."""
+        """Begin nothing more, `once` apart, and wait for what runs."""
         self._stopping = True
         await asyncio.gather(*self._tasks)
         await self._channel.close()
@@ -378,7 +379,7 @@ class Traffic:
         return (self.tally.tokens - before) / (time.monotonic() - begun)
 
     async def _follow_jobs(self) -> None:
-        while not self._stopping:
+        while self._once or not self._stopping:
             number, self._number = self._number, self._number + 1
             job, request_id = self._jobs[number % len(self._jobs)], f"stream-{number}"
             while await self._follow(job, request_id) and not self._stopping:
@@ -409,6 +410,7 @@ class Traffic:
                         else:
                             call = self._stub.Generate(job.request(request_id))
             self.tally.judge(stream, self._expected.get(job), request_id)
+            self._ended(stream)
         except TimeoutError:
             self.tally.hung += 1
             self.tally.note(f"{request_id}: hung after {len(stream.tokens)} of {job.max_tokens} tokens")
