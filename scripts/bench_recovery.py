@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import datetime
 import json
+import math
 import random
 import signal
 import statistics
@@ -35,6 +36,7 @@ from typing import Any
 from _cluster import (
     START,
     Cluster,
+    Resources,
     Shape,
     Traffic,
     add_shape_options,
@@ -149,6 +151,7 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
     say(f"what {len(jobs)} requests give on one host; programs for {shape}")
     expected = await asyncio.to_thread(expected_outputs, jobs, shape)
     kills: list[dict[str, Any]] = []
+    begun = time.monotonic()
     say(f"starting {shape}; logs are in {directory}")
     async with Cluster(shape, directory / "kills") as cluster:
         await cluster.until(lambda s: s["survivable_without_compiling"] > 0, START, "programs of smaller meshes")
@@ -156,7 +159,10 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
         traffic.start()
         devices = sorted({rank["device"] for rank in (await cluster.status())["ranks"]})
         await asyncio.sleep(5.0)
+        memory = [await resident(cluster)]
         for i in range(args.kills):
+            if time.monotonic() - begun > args.limit:
+                break
             await asyncio.sleep(draw.uniform(0.0, 0.5))
             host = f"host{draw.randrange(shape.hosts)}"
             kill = await kill_and_return(cluster, traffic, host, numbers[i % len(numbers)])
@@ -164,6 +170,7 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
             what = "{host}, {signal}, {pause_ms} ms; back after {back_s} s, {rejoin_ms} ms".format(**kill)
             phases = ", ".join(f"{p} {loss[f'{p}_ms']}" for loss in kill["losses"] for p in PHASES)
             say(f"{i + 1}: {what} ({phases})")
+            memory.append(await resident(cluster))
         restarted = await restart(cluster, traffic)
         say(f"everything started again: {restarted} ms")
         await traffic.stop()
@@ -193,6 +200,7 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
             for name in ("losses", "joins")
         },
         "compilations": sum(k["compilations"] for k in kills),
+        "memory_mib": {"before": memory[0], "after": memory[-1]},
         "restart_ms": restarted,
         "ratio": round(restarted / statistics.median(pauses), 1) if pauses else None,
         "throughput": rows,
@@ -200,6 +208,14 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
         "clean": all(tally.clean for tally in tallies),
         "each": [{k: v for k, v in kill.items() if k not in ("losses", "joins")} for kill in kills],
     }
+
+
+async def resident(cluster: Cluster) -> dict[str, int]:
+    """MiB of memory by role: of the coordinator, and of the engine that has most."""
+    found = {role: Resources.of(pid) for role, pid in (await cluster.processes()).items()}
+    engines = [r.memory for role, r in found.items() if r is not None and role.startswith("engine")]
+    coordinator = found["coordinator"]
+    return {"coordinator": coordinator.memory if coordinator else 0, "largest engine": max(engines, default=0)}
 
 
 def _ms(seconds: float | None) -> float | None:
@@ -241,6 +257,8 @@ def show(console: Console, r: dict[str, Any]) -> None:
         for detail in tally["details"]:
             console.print(detail, markup=False)
     console.print(f"{r['compilations']} programs were compiled while it served")
+    changes = (f"{role} {r['memory_mib']['before'][role]} → {now}" for role, now in r["memory_mib"]["after"].items())
+    console.print(f"MiB of memory before and after the kills: {', '.join(changes)}")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -263,6 +281,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="How long clients wait when a host is killed.", allow_abbrev=False)
     add_shape_options(parser, hosts=6)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--limit", type=float, default=math.inf, metavar="S", help="no further kill after so long")
     parser.add_argument(
         "--losses", type=int, default=2, help="hosts that stay away, one after the other; 0: leave it out"
     )

@@ -238,7 +238,7 @@ def cut_to_fit(args: argparse.Namespace, directory: Path, options: dict[str, Any
         with contextlib.suppress(ConfigError):
             asked = engine_config(checkpoint.config, 1, device.platform, **options)
             model = resolve(checkpoint, asked, device_kind(device))[0].config
-            engine_config(model, 1, device.platform, memory, **options, num_pages=pages)
+            engine_config(model, 1, device.platform, memory, **options | {"num_pages": pages})
             return layers
     return 0
 
@@ -339,6 +339,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=32, help="decode steps of a run")
     parser.add_argument("--prefill-rows", type=int, help="prompt tokens in one step (default: the engine's)")
+    parser.add_argument("--num-pages", type=int, help="of the KV cache (default: as many as fit)")
     parser.add_argument("--peer-batch", type=int, nargs="*", default=[1, 128], help="none: without transformers")
     parser.add_argument("--kernels", nargs="+", default=["auto"], help="each in turn")
     parser.add_argument("--float8", action="store_true", help="experts in 8 bits, in blocks of 128 x 128 with a scale")
@@ -378,7 +379,8 @@ def main() -> None:
             options["max_model_len"] = args.context + 1024
             if args.prefill_rows:
                 options["max_prefill_rows"] = args.prefill_rows
-            pages = max(args.batch) * -(-(args.context + 4 * args.steps + 2 * SETTLE) // 64)
+            options["num_pages"] = args.num_pages
+            pages = args.num_pages or max(args.batch) * -(-(args.context + 4 * args.steps + 2 * SETTLE) // 64)
             layers = cut_to_fit(args, path, options, pages)
             if layers < (args.layers or 1):
                 parser.error(

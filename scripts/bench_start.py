@@ -8,7 +8,7 @@ One run, in directories of its own:
 
     cold      an empty cache: the first engine processes compile what they need
     warm-up   `moe-jax warmup --lose K` into another empty cache
-    warm      a second cluster, on that cache; then K hosts are killed, one after the other
+    warm      a second cluster, on that cache; then K hosts (or --kill) are killed, one after the other
     copied    a third one, on a copy of that cache at another path, at another port; the first hosts are killed, so that
               other ranks are left
 
@@ -121,11 +121,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--lose", type=int, default=2)
+    parser.add_argument("--kill", type=int, help="hosts that are killed (default: as many as --lose)")
     parser.add_argument("--only", nargs="+", choices=("cold", "warm", "copied"), default=["cold", "warm", "copied"])
     add_model_options(parser)
     parser.add_argument("--json", action="store_true")
     args, options = parser.parse_known_args()
     names = [f"host{i}" for i in range(args.hosts)]
+    kill = args.lose if args.kill is None else args.kill
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         result: dict[str, Any] = {"hosts": args.hosts, "lose": args.lose, **machine()}
@@ -137,12 +139,12 @@ def main() -> None:
         if {"warm", "copied"} & set(args.only):
             result["warmup"] = warm_up(args.hosts, args.lose, warm, options)
         if "warm" in args.only:
-            victims = names[: -args.lose - 1 : -1]
+            victims = names[: -kill - 1 : -1]
             result["warm"] = asyncio.run(measure(args.hosts, warm, victims, options))
         if "copied" in args.only:
             shutil.copytree(warm, copy)
             shutil.rmtree(warm)
-            result["copied"] = asyncio.run(measure(args.hosts, copy, names[: args.lose], options))
+            result["copied"] = asyncio.run(measure(args.hosts, copy, names[:kill], options))
     if args.json:
         print(json.dumps(result))
         return
