@@ -63,6 +63,14 @@ from moe_jax.llm import engine_config
 from serving.environment import guess_platform
 
 PARTS = ("dispatch", "warm-up", "faults", "losses", "exact")
+MORE = {  # kinds of chaos.py
+    "two at once": "two",
+    "another in recovery": "during",
+    "again as it rejoins": "joiner",
+    "another as it rejoins": "bystander",
+    "another at the switch": "switch",
+    "rank 0 twice": "zero",
+}
 STOPPED = 2.5  # seconds; more than a heartbeat's deadline
 SLOWEST = 40.0  # seconds that the first fault may take until all ranks are back; later ones: as the slowest before
 CLOSE = 10.0  # seconds to end a cluster and to print
@@ -120,9 +128,10 @@ def planned(chaos: Chaos, ranks: int) -> list[tuple[str, Callable[[], Awaitable[
     each: list[tuple[str, Callable[[], Awaitable[str]]]] = []
     for rank in range(ranks):
         each += [("kill -9", lambda rank=rank: kill(rank)), ("SIGSTOP", lambda rank=rank: stop(rank))]
-    # With two ranks the second loss would be the last one's.
-    names = ["two", "during", "joiner", "bystander", "switch", "zero"] if ranks > 2 else ["joiner", "zero"]
-    return each + [(name, lambda name=name: FAULTS[name](chaos)) for name in names]
+    for name, kind in MORE.items():
+        if ranks > 2 or kind in ("joiner", "zero"):  # with two ranks the second loss would be the last one's
+            each.append((name, lambda kind=kind: FAULTS[kind](chaos)))
+    return each
 
 
 class Bench:
@@ -283,31 +292,59 @@ class Bench:
 
 def show(console: Console, r: dict[str, Any]) -> None:
     console.print(f"{r['cpu']}, {r['cores']} cores; {r['date']}; jax {r['jax']}; {r['hosts']} hosts", soft_wrap=True)
+    show_dispatch(console, r.get("dispatch", [])[1:])
     for part in ("faults", "exact"):
-        found = r.get(part)
-        if found is None:
-            continue
-        title = f"{part}: the longest gap in any stream, and the phases of the first epoch without the lost ranks, ms"
-        table = Table("fault", "what", "pause", *PHASES[:-1], "rejoin", "whole, s", title=title)
-        for event in found["events"]:
-            phases = event["lost"][0] if event["lost"] else dict.fromkeys(PHASES)
-            cells = [event["pause_ms"], *(phases[p] for p in PHASES[:-1]), event["rejoin_ms"], event["whole_s"]]
-            table.add_row(event["fault"], event["what"], *("–" if c is None else f"{c:.4g}" for c in cells))
-        console.print(table)
-        if "tally" in found:
-            counts = (
-                "{streams} streams, {tokens} tokens: {lost} lost, {duplicated} repeated, {errors} errors, {hung} hung"
-            )
-            compared = part == "exact" or found["compared"]
-            changed = f"{found['tally']['changed']} changed" if compared else "bits not comparable"
-            console.print(f"{part}: {counts}; {changed}".format(**found["tally"]))
-        for name in ("undisturbed", "disturbed"):
-            if name in found:
-                console.print(f"{name} streams that differ from the first pass: {found[name]}")
+        if part in r:
+            show_faults(console, part, r[part])
+    if "faults" in r:
+        console.print(f"undisturbed: {r['faults']['tokens_per_second']} tokens/s, {r['streams']} streams")
     for row in r.get("losses", {}).get("throughput", []):
         console.print("{when}: {tokens_per_second} tokens/s".format(**row))
     if r["left_out"]:
         console.print(f"left out for lack of time: {', '.join(r['left_out'])}")
+
+
+def show_dispatch(console: Console, rows: list[dict[str, Any]]) -> None:
+    columns = ("tokens", "hidden", "experts", "gather_us", "all_to_all_us", "ratio", "gather_mb", "all_to_all_mb")
+    titles = (
+        "tokens a rank",
+        "hidden",
+        "experts",
+        "gather, us",
+        "all-to-all, us",
+        "ratio",
+        "gather, MB",
+        "all-to-all, MB",
+    )
+    table = Table(*titles, title="dispatch and combine; MB that a rank sends")
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in columns))
+    if rows:
+        console.print(table)
+
+
+def show_faults(console: Console, part: str, found: dict[str, Any]) -> None:
+    title = f"{part}, ms: the longest gap in any stream, the longest of each phase in the epochs after a loss"
+    table = Table("fault", "what", "pause", *PHASES[:-1], "rejoin", "whole, s", title=title)
+    for event in found["events"]:
+        phases = (max((e[p] for e in event["lost"] if e[p] is not None), default=None) for p in PHASES[:-1])
+        cells = [event["pause_ms"], *phases, event["rejoin_ms"], event["whole_s"]]
+        table.add_row(event["fault"], event["what"], *map(_cell, cells))
+    console.print(table)
+    if "tally" in found:
+        counts = "{streams} streams, {tokens} tokens: {lost} lost, {duplicated} repeated, {errors} errors, {hung} hung"
+        compared = part == "exact" or found["compared"]
+        changed = f"{found['tally']['changed']} changed" if compared else "bits not comparable"
+        console.print(f"{part}: {counts}; {changed}".format(**found["tally"]))
+    for name in ("undisturbed", "disturbed"):
+        if name in found:
+            text = "{diverged} of {streams} {name} streams differ from the first pass".format(name=name, **found[name])
+            where = ", ".join(f"{what} {i:g}" for what, i in found[name]["at"].items())
+            console.print(f"{text}, the first token that does: {where}" if where else text)
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def clean(results: dict[str, Any]) -> bool:
