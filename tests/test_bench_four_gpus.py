@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from moe_jax.config import ConfigError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.append(str(SCRIPTS))
+sys.path.insert(0, str(SCRIPTS))
 
-from _cluster import Job, Stream  # noqa: E402
-from bench_dispatch import capacity_for, draw_routing  # noqa: E402
-from bench_four_gpus import clean, divergence, layers_that_fit  # noqa: E402
+from _cluster import Job, Stream  # noqa: E402  # pyright: ignore[reportMissingImports]
+from bench_dispatch import capacity_for, draw_routing  # noqa: E402  # pyright: ignore[reportMissingImports]
+from bench_four_gpus import clean, divergence, layers_that_fit  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 GIB = 1 << 30
 JOBS = [Job("a", 4, 0.0, 0), Job("b", 4, 0.8, 1)]
