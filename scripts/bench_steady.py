@@ -212,8 +212,10 @@ def compare_slots(args: argparse.Namespace, model: str, options: dict[str, Any])
     path, load_format = model_directory(model), options.pop("load_format")
     experts, steps = ModelConfig.from_json(path).num_experts, 3 * args.steps * args.pairs
     context = args.context or 16
-    options["max_prefill_rows"] = 512  # prefill is not measured, and more of it takes longer to compile
-    options["max_model_len"] = max(options.get("max_model_len") or 0, context + steps + 2 * SETTLE)
+    options["max_prefill_rows"] = rows = 512  # prefill is not measured, and more of it takes longer to compile
+    waiting = -(-args.requests * context // rows)  # steps in which the first already decode, until all do
+    longest = context + waiting + steps + 2 * SETTLE
+    options["max_model_len"] = max(options.get("max_model_len") or 0, longest)
     options["num_pages"] = args.requests * -(-options["max_model_len"] // 64)
     cache = compilation_cache(guess_platform(os.environ.get("JAX_PLATFORMS")), None, os.environ)
     twice, once = (Server(path, options | {"slots": n * experts}, cache, load_format) for n in (2, 1))
