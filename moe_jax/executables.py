@@ -74,15 +74,7 @@ class Executables:
     @staticmethod
     def of(checkpoint: Checkpoint, engine: EngineConfig, kind: str, store: programs.ProgramStore) -> "Executables":
         """kind: of the device, "cpu" or a GPU's name, as precisely as programs depend on it."""
-        refused = None
-        if engine.kernels == "hopper" or (engine.kernels == "auto" and kind != "cpu"):
-            from moe_jax import hopper  # Pallas takes its time to import
-
-            types = param_types(checkpoint, engine.dtype)
-            experts = [t for s in types["segments"] for name, t in s.items() if name in hopper.EXPERTS]
-            refused = hopper.refusal(checkpoint.config, engine, kind, experts)
-        kernels = choose(engine.kernels, kind, refused)
-        checkpoint = checkpoint if kernels == "hopper" else widened(checkpoint)
+        checkpoint, kernels = resolve(checkpoint, engine, kind)
         platform = "cpu" if kind == "cpu" else "cuda"
         types = param_types(checkpoint, engine.dtype)
         types["segments"] = [
@@ -323,6 +315,20 @@ class Executables:
         del bucket
         psum = partial(lax.psum, axis_name=AXIS)
         return jax.jit(jax.shard_map(psum, mesh=mesh.mesh, in_specs=SHARDED, out_specs=SHARDED, check_vma=False))
+
+
+def resolve(checkpoint: Checkpoint, engine: EngineConfig, kind: str) -> tuple[Checkpoint, Any]:
+    """What `engine.kernels` comes to on a device of this kind, and the checkpoint as those kernels read it: with 8-bit
+    experts only where they multiply such. Raises ConfigError for kernels that cannot run."""
+    refused = None
+    if engine.kernels == "hopper" or (engine.kernels == "auto" and kind != "cpu"):
+        from moe_jax import hopper  # Pallas takes its time to import
+
+        types = param_types(checkpoint, engine.dtype)
+        experts = [t for s in types["segments"] for name, t in s.items() if name in hopper.EXPERTS]
+        refused = hopper.refusal(checkpoint.config, engine, kind, experts)
+    kernels = choose(engine.kernels, kind, refused)
+    return checkpoint if kernels == "hopper" else widened(checkpoint), kernels
 
 
 def choose(kernels: str, kind: str, refused: str | None = None) -> Any:

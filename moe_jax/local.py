@@ -11,11 +11,16 @@ from moe_jax.checkpoint import Checkpoint, open_checkpoint
 from moe_jax.config import ConfigError, EngineConfig
 from moe_jax.distributed import set_cpu_devices
 from moe_jax.engine import Engine
-from moe_jax.executables import Executables
+from moe_jax.executables import Executables, resolve
 from moe_jax.llm import engine_config
 from moe_jax.placement import plan
 from moe_jax.programs import ProgramStore
 from moe_jax.request import Request, TokenEvent
+
+
+def device_kind(device: jax.Device) -> str:
+    """What programs are kept by: "cpu" or a GPU's name."""
+    return device.platform if device.platform == "cpu" else device.device_kind
 
 
 def local_engine(
@@ -26,8 +31,8 @@ def local_engine(
     hosts = [f"rank{i}" for i in range(len(devices))]
     count = config.slots_for(model.num_experts)
     slots = plan(model.num_moe_layers, model.num_experts, hosts, count, config.replication)
-    kind = devices[0].platform if devices[0].platform == "cpu" else devices[0].device_kind
-    engine = Engine(checkpoint, config, devices, slots, Executables.of(checkpoint, config, kind, store))
+    programs = Executables.of(checkpoint, config, device_kind(devices[0]), store)
+    engine = Engine(checkpoint, config, devices, slots, programs)
     engine.enter(1, engine.own, slots)
     return engine
 
@@ -48,6 +53,9 @@ class LocalBackend:
                 "(on CPU more can be had only before JAX is first used)"
             )
         device = jax.devices()[0]
+        # Which kernels run decides whether 8-bit experts stay so, and with them how much memory is left.
+        asked = engine_config(checkpoint.config, ranks, device.platform, **options)
+        checkpoint, _ = resolve(checkpoint, asked, device_kind(device))
         memory = (device.memory_stats() or {}).get("bytes_limit")
         config = engine_config(checkpoint.config, ranks, device.platform, memory, **options)
         self.model, self.config = checkpoint.config, config

@@ -20,15 +20,11 @@ def _gib(n: int) -> str:
 
 
 def weight_bytes(model: ModelConfig, engine: EngineConfig) -> int:
-    """Bytes of a rank's parameters. 8-bit experts stay so wherever Hopper's kernels may run; on another GPU, say
-    `kernels="xla"`, with which they are widened."""
-    narrow = engine.dtype == "bfloat16" and not engine.deterministic and engine.kernels in ("auto", "hopper")
+    """Bytes of a rank's parameters. model: as programs have it (`executables.resolve`), whose 8-bit experts stay so."""
 
     def one(param: Param, layers: int) -> int:
         copies = max(layers, 1) * (engine.slots_for(model.num_experts) if param.expert else 1)
-        return (
-            copies * prod(param.shape) * (4 if param.float32 else 1 if param.float8 and narrow else _itemsize(engine))
-        )
+        return copies * prod(param.shape) * (4 if param.float32 else 1 if param.float8 else _itemsize(engine))
 
     return sum(one(param, layers) for _, param, _, layers in iterate(model))
 

@@ -35,7 +35,7 @@ Report = Callable[[dict[str, Any]], None]
 
 NICE = 5  # compiling is not in a hurry beside serving
 _MEMORY = 2 << 30  # bytes that a compiling process may take: as seen, and half as much again
-_GPU_JOBS = 4  # processes that share one GPU while they compile
+_GPU_JOBS = 8  # processes that share one GPU while they compile
 _SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # so none of them takes all of its memory at once
 
 

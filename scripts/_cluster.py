@@ -22,11 +22,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
+from _shapes import add_model_options, write_model
 
 from serving.access import TOKEN_VARIABLE
 from serving.environment import guess_platform
@@ -82,10 +83,20 @@ class Shape:
     deterministic: bool | None = None
 
     @staticmethod
-    def of(args: argparse.Namespace) -> Shape:
-        """What was given for `add_shape_options`."""
+    def of(args: argparse.Namespace, directory: Path) -> Shape:
+        """What was given for `add_shape_options`. directory: where a model of random weights is described."""
         given = vars(args)
-        return Shape(**{f.name: given[f.name] for f in fields(Shape) if f.name in given})
+        shape = Shape(**{f.name: given[f.name] for f in fields(Shape) if f.name in given})
+        if args.shape == "demo":
+            return shape
+        model = write_model(args.shape, args.layers, directory / "model")
+        return replace(
+            shape,
+            model=str(model),
+            load_format="dummy",
+            max_model_len=shape.max_model_len or 2048,
+            max_batch=shape.max_batch or -(-args.streams // 16) * 16,
+        )
 
     @property
     def ranks(self) -> int:
@@ -118,7 +129,9 @@ class Shape:
 
 
 def add_shape_options(parser: argparse.ArgumentParser, hosts: int) -> None:
+    """And those of `_shapes.add_model_options`. The script has one more, --streams."""
     group = parser.add_argument_group("cluster")
+    add_model_options(group)
     group.add_argument("--hosts", type=int, default=hosts)
     group.add_argument("--ranks-per-host", type=int, default=1)
     group.add_argument("--slots", type=int, help="expert slots per layer and rank")
@@ -298,12 +311,13 @@ class Traffic:
         retry: bool = False,
         resume: bool = False,
         once: bool = False,
+        ended: Callable[[Stream], None] = lambda stream: None,
     ) -> None:
         """hang: seconds without a token after which a stream is given up. retry: ask again when a stream breaks, as a
         client does whose server was restarted; resume: go on where it broke. Otherwise that is an error. once: no
-        stream begins when another ends."""
+        stream begins when another ends. ended: is given each stream that came to its end."""
         self._jobs, self._expected, self._width, self._hang, self._retry = jobs, expected, width, hang, retry
-        self._resume, self._once = resume, once
+        self._resume, self._once, self._ended = resume, once, ended
         self.resumed = 0  # times
         self._channel = grpc.aio.insecure_channel(address, options=_GRPC)
         self._stub = rpc.InferenceStub(self._channel)
@@ -318,7 +332,7 @@ class Traffic:
         self._tasks = [asyncio.create_task(self._follow_jobs()) for _ in range(self._width)]
 
     async def stop(self) -> None:
-        """Begin nothing more, and wait for what runs."""
+        """Begin nothing more, `once` apart, and wait for what runs."""
         self._stopping = True
         await asyncio.gather(*self._tasks)
         await self._channel.close()
@@ -365,7 +379,7 @@ class Traffic:
         return (self.tally.tokens - before) / (time.monotonic() - begun)
 
     async def _follow_jobs(self) -> None:
-        while not self._stopping:
+        while self._once or not self._stopping:
             number, self._number = self._number, self._number + 1
             job, request_id = self._jobs[number % len(self._jobs)], f"stream-{number}"
             while await self._follow(job, request_id) and not self._stopping:
@@ -396,6 +410,7 @@ class Traffic:
                         else:
                             call = self._stub.Generate(job.request(request_id))
             self.tally.judge(stream, self._expected.get(job), request_id)
+            self._ended(stream)
         except TimeoutError:
             self.tally.hung += 1
             self.tally.note(f"{request_id}: hung after {len(stream.tokens)} of {job.max_tokens} tokens")

@@ -20,8 +20,8 @@ import asyncio
 import contextlib
 import datetime
 import json
+import math
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -29,13 +29,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from _cluster import (
     START,
     Cluster,
+    Resources,
     Shape,
     Traffic,
     add_shape_options,
@@ -47,11 +48,8 @@ from _cluster import (
     worker_command,
 )
 from _cluster import run as in_loop
-from bench_serving import SHAPES, write_shape
 from rich.console import Console
 from rich.table import Table
-
-from moe_jax.llm import model_directory
 
 PHASES = ("detect", "fence", "agree", "fail", "load", "compile", "rebuild", "first_step", "resume", "pause")
 WHOLE = 120.0  # seconds that a host may take to come back
@@ -93,14 +91,6 @@ async def kill_and_return(cluster: Cluster, traffic: Traffic, host: str, number:
         "compilations": status["compilations"] - before["compilations"],
         "tokens_per_second": traffic.timeline(begun - BEFORE, time.monotonic(), WINDOW),
     }
-
-
-def write_model(name: str, layers: int | None, directory: Path) -> Path:
-    """bench_serving's shape, with the demo's tokenizer, which knows the first of its tokens."""
-    directory.mkdir(parents=True)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model_directory("demo") / file, directory)
-    return write_shape(name, layers, directory)
 
 
 async def restart(cluster: Cluster, traffic: Traffic) -> float:
@@ -154,22 +144,14 @@ async def _settled(cluster: Cluster) -> None:
 
 
 async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    shape, draw = Shape.of(args), random.Random(args.seed)
-    if args.shape != "demo":
-        model = str(write_model(args.shape, args.layers, directory / "model"))
-        shape = replace(
-            shape,
-            model=model,
-            load_format="dummy",
-            max_model_len=shape.max_model_len or 2048,
-            max_batch=shape.max_batch or -(-args.streams // 16) * 16,
-        )
+    shape, draw = Shape.of(args, directory), random.Random(args.seed)
     kill_or_stop = {"kill": [signal.SIGKILL], "stop": [signal.SIGSTOP], "both": [signal.SIGKILL, signal.SIGSTOP]}
     numbers = kill_or_stop[args.signal]
     jobs = make_jobs(64, args.seed)
     say(f"what {len(jobs)} requests give on one host; programs for {shape}")
     expected = await asyncio.to_thread(expected_outputs, jobs, shape)
     kills: list[dict[str, Any]] = []
+    begun = time.monotonic()
     say(f"starting {shape}; logs are in {directory}")
     async with Cluster(shape, directory / "kills") as cluster:
         await cluster.until(lambda s: s["survivable_without_compiling"] > 0, START, "programs of smaller meshes")
@@ -177,7 +159,10 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
         traffic.start()
         devices = sorted({rank["device"] for rank in (await cluster.status())["ranks"]})
         await asyncio.sleep(5.0)
+        memory = [await resident(cluster)]
         for i in range(args.kills):
+            if time.monotonic() - begun > args.limit:
+                break
             await asyncio.sleep(draw.uniform(0.0, 0.5))
             host = f"host{draw.randrange(shape.hosts)}"
             kill = await kill_and_return(cluster, traffic, host, numbers[i % len(numbers)])
@@ -185,6 +170,7 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
             what = "{host}, {signal}, {pause_ms} ms; back after {back_s} s, {rejoin_ms} ms".format(**kill)
             phases = ", ".join(f"{p} {loss[f'{p}_ms']}" for loss in kill["losses"] for p in PHASES)
             say(f"{i + 1}: {what} ({phases})")
+            memory.append(await resident(cluster))
         restarted = await restart(cluster, traffic)
         say(f"everything started again: {restarted} ms")
         await traffic.stop()
@@ -214,6 +200,7 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
             for name in ("losses", "joins")
         },
         "compilations": sum(k["compilations"] for k in kills),
+        "memory_mib": {"before": memory[0], "after": memory[-1]},
         "restart_ms": restarted,
         "ratio": round(restarted / statistics.median(pauses), 1) if pauses else None,
         "throughput": rows,
@@ -221,6 +208,14 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
         "clean": all(tally.clean for tally in tallies),
         "each": [{k: v for k, v in kill.items() if k not in ("losses", "joins")} for kill in kills],
     }
+
+
+async def resident(cluster: Cluster) -> dict[str, int]:
+    """MiB of memory by role: of the coordinator, and of the engine that has most."""
+    found = {role: Resources.of(pid) for role, pid in (await cluster.processes()).items()}
+    engines = [r.memory for role, r in found.items() if r is not None and role.startswith("engine")]
+    coordinator = found["coordinator"]
+    return {"coordinator": coordinator.memory if coordinator else 0, "largest engine": max(engines, default=0)}
 
 
 def _ms(seconds: float | None) -> float | None:
@@ -262,6 +257,8 @@ def show(console: Console, r: dict[str, Any]) -> None:
         for detail in tally["details"]:
             console.print(detail, markup=False)
     console.print(f"{r['compilations']} programs were compiled while it served")
+    changes = (f"{role} {r['memory_mib']['before'][role]} → {now}" for role, now in r["memory_mib"]["after"].items())
+    console.print(f"MiB of memory before and after the kills: {', '.join(changes)}")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -284,14 +281,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="How long clients wait when a host is killed.", allow_abbrev=False)
     add_shape_options(parser, hosts=6)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--limit", type=float, default=math.inf, metavar="S", help="no further kill after so long")
     parser.add_argument(
         "--losses", type=int, default=2, help="hosts that stay away, one after the other; 0: leave it out"
     )
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement of tokens per second")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--signal", choices=("kill", "stop", "both"), default="kill", help="both: in turns")
-    parser.add_argument("--shape", choices=("demo", *SHAPES), default="demo", help="random weights, but for the demo")
-    parser.add_argument("--layers", type=int, help="of the shape: fewer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep logs and journals there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens per second (needs moe-jax[plot])")

@@ -1,13 +1,14 @@
 """Decode throughput, prefill rate and time to first token of the engine, beside the ceilings and `transformers`.
 
     python scripts/bench_serving.py [--shape qwen3-30b-a3b | deepseek-v3 | demo] [--layers N] [--batch 1 32 128 256]
-                                    [--context 1024] [--peer-batch 1 128] [--kernels K …] [--profile]
+                                    [--context 1024] [--peer-batch 1 128] [--kernels K …] [--profile] [--float8]
 
 Random weights and random tokens, greedy, one device. The roofline of a decode step is the time that its bytes take at
 the speed of a copy measured in the same run: dense weights, the weights of the experts that its tokens hit (counted in
 a step), keys and values. Prefill's is the products' FLOPs, attention's included, at the rate of a dense 8192³ product.
 `transformers` runs the same shape in a process of its own before, with the better of its experts implementations.
---profile adds where a step's time goes on the device, from a profiler trace.
+--profile adds where a step's time goes on the device, from a profiler trace. --float8: experts in 8 bits, as
+DeepSeek-V3 is published. A model that does not fit the device loses layers, unless --layers asked for them.
 """
 
 from __future__ import annotations
@@ -29,65 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _shapes import SHAPES, write_shape
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-30b-a3b": dict(
-        model_type="qwen3_moe",
-        vocab_size=151936,
-        hidden_size=2048,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768,
-        intermediate_size=6144,
-        norm_topk_prob=True,
-        max_position_embeddings=40960,
-        rope_theta=1e6,
-    ),
-    "deepseek-v3": dict(
-        model_type="deepseek_v3",
-        vocab_size=129280,
-        hidden_size=7168,
-        num_hidden_layers=61,
-        first_k_dense_replace=3,
-        num_attention_heads=128,
-        num_key_value_heads=128,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        n_routed_experts=256,
-        n_shared_experts=1,
-        num_experts_per_tok=8,
-        n_group=8,
-        topk_group=4,
-        routed_scaling_factor=2.5,
-        norm_topk_prob=True,
-        moe_intermediate_size=2048,
-        intermediate_size=18432,
-        max_position_embeddings=163840,
-        rope_theta=1e4,
-    ),
-}
 SETTLE = 4  # decode steps that are not counted
-
-
-def write_shape(name: str, layers: int | None, directory: Path) -> Path:
-    """A directory with the shape's config.json."""
-    from moe_jax.llm import model_directory
-
-    if name == "demo":
-        raw = json.loads((model_directory("demo") / "config.json").read_text())
-    else:
-        raw = SHAPES[name] | {"torch_dtype": "bfloat16", "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
-    if layers is not None:
-        raw |= {"num_hidden_layers": layers}
-    (directory / "config.json").write_text(json.dumps(raw))
-    return directory
 
 
 # transformers
@@ -177,8 +122,9 @@ def work_of(model: Any, engine: Any) -> Work:
     for path, param, _, layers in iterate(model):
         count = int(np.prod(param.shape))
         if param.expert:
-            expert += count * size if path[1] == model_experts(model) else 0
-            flops += 2 * count * model.top_k * layers
+            each = 1 if param.float8 else 4 if param.float32 else size  # float32: the scales of 8-bit ones
+            expert += count * each if path[1] == model_experts(model) else 0
+            flops += 0 if param.float32 else 2 * count * model.top_k * layers
         elif path != ("embed",):
             dense += max(layers, 1) * count * (4 if param.float32 else size)
             flops += 2 * max(layers, 1) * count if len(param.shape) > 1 else 0
@@ -196,11 +142,15 @@ def model_experts(model: Any) -> int:
 class Server:
     """The engine in this process, driven as `LLM` drives it."""
 
-    def __init__(self, path: Path, options: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, options: dict[str, Any], cache: Path | None = None, load_format: str = "dummy"
+    ) -> None:
+        """cache: where compiled programs are kept."""
         from moe_jax.local import LocalBackend
+        from moe_jax.programs import ProgramStore
 
         begun = time.perf_counter()
-        self.backend = LocalBackend(path, 1, "dummy", options)
+        self.backend = LocalBackend(path, 1, load_format, options, ProgramStore(cache))
         self.start = time.perf_counter() - begun
         self.random, self.count = np.random.default_rng(0), 0
 
@@ -265,6 +215,32 @@ class Server:
             assert events
             times.append((time.perf_counter() - begun) / steps)
         return statistics.median(times)
+
+
+def cut_to_fit(args: argparse.Namespace, directory: Path, options: dict[str, Any], pages: int) -> int:
+    """Write the shape with as many of its layers, or of those asked for, as the device has room for, beside so many
+    pages of the KV cache. How many that are; 0: not one fits."""
+    import jax
+
+    from moe_jax.checkpoint import open_checkpoint
+    from moe_jax.config import ConfigError
+    from moe_jax.executables import resolve
+    from moe_jax.llm import engine_config
+    from moe_jax.local import device_kind
+
+    device = jax.devices()[0]
+    memory = (device.memory_stats() or {}).get("bytes_limit")
+    most = json.loads((write_shape(args.shape, args.layers, directory) / "config.json").read_text())[
+        "num_hidden_layers"
+    ]
+    for layers in range(most, 0, -1):
+        checkpoint = open_checkpoint(write_shape(args.shape, layers, directory, args.float8), "dummy")
+        with contextlib.suppress(ConfigError):
+            asked = engine_config(checkpoint.config, 1, device.platform, **options)
+            model = resolve(checkpoint, asked, device_kind(device))[0].config
+            engine_config(model, 1, device.platform, memory, **options | {"num_pages": pages})
+            return layers
+    return 0
 
 
 class ExpertCount:
@@ -358,13 +334,16 @@ def profile(server: Server, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3-30b-a3b", choices=[*SHAPES, "demo"])
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--layers", type=int, help="fewer than the model has (default: all that fit)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 128, 256])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=32, help="decode steps of a run")
     parser.add_argument("--prefill-rows", type=int, help="prompt tokens in one step (default: the engine's)")
+    parser.add_argument("--num-pages", type=int, help="of the KV cache (default: as many as fit)")
     parser.add_argument("--peer-batch", type=int, nargs="*", default=[1, 128], help="none: without transformers")
     parser.add_argument("--kernels", nargs="+", default=["auto"], help="each in turn")
+    parser.add_argument("--float8", action="store_true", help="experts in 8 bits, in blocks of 128 x 128 with a scale")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep compiled programs there")
     parser.add_argument("--load-format", choices=["dummy"], default="dummy", help="random weights are all there is")
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batches whose steps are traced")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
@@ -375,11 +354,13 @@ def main() -> None:
         peer(json.loads(sys.stdin.read()))
         return
     results: dict[str, Any] = {"shape": args.shape, "layers": args.layers, "context": args.context, "ours": []}
+    results["float8"] = args.float8
     with tempfile.TemporaryDirectory() as directory:
-        path = write_shape(args.shape, args.layers, Path(directory))
+        path = write_shape(args.shape, args.layers, Path(directory), args.float8)
         if args.peer_batch:
-            order = {"path": str(path), "context": args.context, "steps": min(args.steps, 8), "batch": args.peer_batch}
-            results["transformers"] = run_peer(order)
+            theirs = write_shape(args.shape, args.layers, Path(directory) / "peer")  # always bfloat16
+            order = {"path": str(theirs), "context": args.context, "batch": args.peer_batch}
+            results["transformers"] = run_peer(order | {"steps": min(args.steps, 8)})
             for line in results["transformers"]:
                 print("transformers:", json.dumps(line), flush=True)
         import jax
@@ -388,7 +369,8 @@ def main() -> None:
         on_cpu = jax.default_backend() == "cpu"
         flops, bandwidth = ceilings(64 if on_cpu else 1)
         device = jax.devices()[0].device_kind
-        print(f"{datetime.date.today()}, {device}, jax {jax.__version__}, {args.shape}, ", end="")
+        experts = ", 8-bit experts" if args.float8 else ""
+        print(f"{datetime.date.today()}, {device}, jax {jax.__version__}, {args.shape}{experts}, ", end="")
         print(f"dense product {flops / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e12:.3g} TB/s", flush=True)
         results |= {"device": device, "jax": jax.__version__, "flops": flops, "bandwidth": bandwidth}
         for kernels in args.kernels:
@@ -397,6 +379,13 @@ def main() -> None:
             options["max_model_len"] = args.context + 1024
             if args.prefill_rows:
                 options["max_prefill_rows"] = args.prefill_rows
+            options["num_pages"] = args.num_pages
+            pages = args.num_pages or max(args.batch) * -(-(args.context + 4 * args.steps + 2 * SETTLE) // 64)
+            layers = cut_to_fit(args, path, options, pages)
+            if layers < (args.layers or 1):
+                parser.error(
+                    f"--layers: found {args.layers or 'all'}, expected at most {layers}: more do not fit {device}"
+                )
             results["ours"].append(measure(args, path, options, flops, bandwidth, results.get("transformers", [])))
     if args.json:
         args.json.write_text(json.dumps(results))
@@ -434,7 +423,7 @@ def measure(
     bandwidth: float,
     theirs: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    server = Server(path, options)
+    server = Server(path, options, args.cache)
     engine = server.backend.engine
     assert engine is not None
     model, config = engine.model, engine.config
@@ -445,6 +434,7 @@ def measure(
     )
     print(f"{config.num_pages} pages of {config.page_size}, {config.max_prefill_rows} prompt tokens a step", flush=True)
     out: dict[str, Any] = {"kernels": engine.programs.engine.kernels, "start": server.start, "decode": []}
+    out |= {"layers": model.num_layers, "num_pages": config.num_pages}
     out["first_token"] = first = server.first_token(args.context)
     server.prefill(args.context, 2)
     out["prefill"] = rate = server.prefill(args.context, max(2, 4 * config.max_prefill_rows // args.context))

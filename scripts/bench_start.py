@@ -2,16 +2,19 @@
 compile.
 
     python scripts/bench_start.py [--hosts 4 --lose 2] [--json]
+    python scripts/bench_start.py --shape qwen3-30b-a3b --only warm [--layers 8] --max-batch 16
 
 One run, in directories of its own:
 
     cold      an empty cache: the first engine processes compile what they need
     warm-up   `moe-jax warmup --lose K` into another empty cache
-    warm      a second cluster, on that cache; then K hosts are killed, one after the other
+    warm      a second cluster, on that cache; then K hosts (or --kill) are killed, one after the other
     copied    a third one, on a copy of that cache at another path, at another port; the first hosts are killed, so that
               other ranks are left
 
-A compilation is one that XLA is asked for, counted in every engine since its process was started.
+--only takes some of these. A compilation is one that XLA is asked for, counted in every engine since its process was
+started. --shape: one of bench_serving.py's models with random weights; further options are those of `moe-jax serve`,
+and ranks may share a GPU (MOE_JAX_SHARE_GPU=1).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from typing import Any
 
 import grpc
 from _cluster import machine, send
+from _shapes import add_model_options, write_model
 
 from serving.protos import inference_pb2 as pb
 from serving.protos import inference_pb2_grpc as rpc
@@ -117,29 +121,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--lose", type=int, default=2)
+    parser.add_argument("--kill", type=int, help="hosts that are killed (default: as many as --lose)")
+    parser.add_argument("--only", nargs="+", choices=("cold", "warm", "copied"), default=["cold", "warm", "copied"])
+    add_model_options(parser)
     parser.add_argument("--json", action="store_true")
     args, options = parser.parse_known_args()
     names = [f"host{i}" for i in range(args.hosts)]
+    kill = args.lose if args.kill is None else args.kill
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         result: dict[str, Any] = {"hosts": args.hosts, "lose": args.lose, **machine()}
-        result["cold"] = asyncio.run(measure(args.hosts, root / "cold", [], options))
-        result["warmup"] = warm_up(args.hosts, args.lose, root / "warm", options)
-        result["warm"] = asyncio.run(measure(args.hosts, root / "warm", names[: -args.lose - 1 : -1], options))
-        shutil.copytree(root / "warm", root / "elsewhere" / "copy")
-        shutil.rmtree(root / "warm")
-        copy = root / "elsewhere" / "copy"
-        result["copied"] = asyncio.run(measure(args.hosts, copy, names[: args.lose], options))
+        if args.shape != "demo":
+            options += ["--model", str(write_model(args.shape, args.layers, root / "model")), "--load-format", "dummy"]
+        if "cold" in args.only:
+            result["cold"] = asyncio.run(measure(args.hosts, root / "cold", [], options))
+        warm, copy = root / "warm", root / "elsewhere" / "copy"
+        if {"warm", "copied"} & set(args.only):
+            result["warmup"] = warm_up(args.hosts, args.lose, warm, options)
+        if "warm" in args.only:
+            victims = names[: -kill - 1 : -1]
+            result["warm"] = asyncio.run(measure(args.hosts, warm, victims, options))
+        if "copied" in args.only:
+            shutil.copytree(warm, copy)
+            shutil.rmtree(warm)
+            result["copied"] = asyncio.run(measure(args.hosts, copy, names[:kill], options))
     if args.json:
         print(json.dumps(result))
         return
     print(machine())
-    print("warm-up: {entries} entries, {megabytes} MB, {seconds} s".format(**result["warmup"]))
-    for name in ("cold", "warm", "copied"):
+    if "warmup" in result:
+        print("warm-up: {entries} entries, {megabytes} MB, {seconds} s".format(**result["warmup"]))
+    for name in args.only:
         found = result[name]
-        print(
-            f"{name}: first token after {found['first_token_s']} s, {found['compilations']} compilations in all engines"
-        )
+        print(f"{name}: serving after {found['serving_s']} s, first token after {found['first_token_s']} s, ", end="")
+        print(f"{found['compilations']} compilations in all engines")
         for recovery in found["recoveries"]:
             print(f"  left {recovery['left']}: {recovery['compilations']} compilations")
 

@@ -1,13 +1,18 @@
 """What being elastic costs while nobody is dead: the step of a cluster's engines, against the same engines alone.
 
     python scripts/bench_steady.py [--hosts 4 --pairs 5] [--json]
+    python scripts/bench_steady.py --shape qwen3-30b-a3b --layers 16 --requests 128 --hosts 1
 
-Both have the same slots and serve the same 32 requests. Elastic: `LLM(hosts=N)`, with replicas, supervisors, a
+Both have the same slots and serve the same requests. Elastic: `LLM(hosts=N)`, with replicas, supervisors, a
 coordinator, heartbeats, and meshes made ready; its tokens come to this process. Static: N processes that join the JAX
 service and step, and nothing else; every expert is there once. The two take turns. A step's time is the median gap
-between two tokens of a request while all of them decode, seen here or, static, in the engine.
+between two tokens of a request while all of them decode, seen here or, static, in the engine. XLA's cost analysis of
+the two decode programs for a CPU is printed beside it.
 
-XLA's cost analysis of the two decode programs is printed beside it.
+--hosts 1 shows the redundancy alone, on one device: two engines in this process, one with twice as many slots as there
+are experts, the other with just as many, take turns at decoding the same requests.
+
+--shape takes one of bench_serving.py's models with random weights. Ranks may share a GPU (MOE_JAX_SHARE_GPU=1).
 """
 
 from __future__ import annotations
@@ -19,16 +24,17 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from _cluster import machine
+from _shapes import add_model_options, write_model
 from rich.console import Console
 from rich.table import Table
 
 TOKENS = 256
-REQUESTS = 32
 
 
 def prompt(i: int) -> list[int]:
@@ -44,7 +50,7 @@ def median_gap(times: list[float]) -> float:
 # Static: one process a rank
 
 
-def static_rank(rank: int, address: str, config: dict[str, Any], cache: str) -> None:
+def static_rank(rank: int, order: dict[str, Any]) -> None:
     import jax
     import numpy as np
 
@@ -54,25 +60,25 @@ def static_rank(rank: int, address: str, config: dict[str, Any], cache: str) -> 
     from moe_jax.distributed import Meetings, connect
     from moe_jax.engine import Engine
     from moe_jax.executables import Executables
-    from moe_jax.llm import model_directory
+    from moe_jax.local import device_kind
     from moe_jax.mesh import ExpertMesh
     from moe_jax.programs import ProgramStore
     from moe_jax.request import Request, SamplingParams
 
-    checkpoint, engine_config = open_checkpoint(model_directory("demo")), EngineConfig(**config)
+    checkpoint = open_checkpoint(order["model"], order["load_format"])
+    engine_config = EngineConfig(**order["config"])
     ranks, model = engine_config.ranks, checkpoint.config
-    client = connect(address, rank, ranks)
+    client = connect(order["address"], rank, ranks)
     device = jax.local_devices()[0]
     hosts, count = [f"host{i}" for i in range(ranks)], engine_config.slots_for(model.num_experts)
     slots = placement.plan(model.num_moe_layers, model.num_experts, hosts, count, 1)
-    kind = "cpu" if device.platform == "cpu" else device.device_kind
-    programs = Executables.of(checkpoint, engine_config, kind, ProgramStore(Path(cache)))
+    programs = Executables.of(checkpoint, engine_config, device_kind(device), ProgramStore(Path(order["cache"])))
     engine = Engine(checkpoint, engine_config, [device], slots[:, rank : rank + 1], programs)
     mesh = ExpertMesh(tuple(sorted(jax.devices(), key=lambda d: d.process_index)))
     Meetings(client).live_nodes("epoch-1", range(ranks), 120)
     engine.enter(1, mesh, np.asarray(slots))
     params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True, seed=0)
-    for i in range(rank, REQUESTS, ranks):
+    for i in range(rank, order["requests"], ranks):
         engine.add(0, Request(f"r{i}", prompt(i), params))
     engine.bells_heard = 1
     times: list[float] = []
@@ -91,19 +97,20 @@ time.sleep(600)
 """
 
 
-def run_static(config: dict[str, Any], cache: str) -> float:
+def run_static(order: dict[str, Any]) -> float:
     """The slowest rank's step, in milliseconds; ranks step together."""
-    from serving.environment import engine_environment
+    from serving.environment import engine_environment, guess_platform
     from serving.jax_service import reserve_port
 
     def environ(rank: int) -> dict[str, str]:
-        return engine_environment(rank, "cpu", os.environ)
+        return engine_environment(rank, guess_platform(os.environ.get("JAX_PLATFORMS")), os.environ)
 
-    ranks = config["ranks"]
+    ranks = order["config"]["ranks"]
     reserved, port = reserve_port("127.0.0.1")
-    address = f"127.0.0.1:{port}"
-    service = subprocess.Popen([sys.executable, "-c", _SERVICE.format(address=address, ranks=ranks)], env=environ(0))
-    arguments = [sys.executable, __file__, "--static", address, json.dumps(config), cache]
+    order = order | {"address": f"127.0.0.1:{port}"}
+    code = _SERVICE.format(address=order["address"], ranks=ranks)
+    service = subprocess.Popen([sys.executable, "-c", code], env=environ(0) | {"JAX_PLATFORMS": "cpu"})
+    arguments = [sys.executable, __file__, "--static", json.dumps(order)]
     workers = [
         subprocess.Popen([*arguments, str(rank)], stdout=subprocess.PIPE, env=environ(rank), text=True)
         for rank in range(ranks)
@@ -120,12 +127,12 @@ def run_static(config: dict[str, Any], cache: str) -> float:
 # Elastic
 
 
-def run_elastic(llm: Any) -> float:
+def run_elastic(llm: Any, requests: int) -> float:
     """The slowest rank's step, in milliseconds, as its tokens' times say."""
     from moe_jax import SamplingParams
 
     params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
-    times: dict[str, list[float]] = {llm.submit(prompt(i), params): [] for i in range(REQUESTS)}
+    times: dict[str, list[float]] = {llm.submit(prompt(i), params): [] for i in range(requests)}
     while updates := llm.poll():
         now = time.perf_counter()
         for update in updates:
@@ -161,49 +168,114 @@ for replication in {replications}:
     return [json.loads(line) for line in out.stdout.splitlines()]
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["--static"]:
-        address, config, cache, rank = sys.argv[2:]
-        static_rank(int(rank), address, json.loads(config), cache)
-    parser = argparse.ArgumentParser(description="What being elastic costs while nobody is dead.", allow_abbrev=False)
-    parser.add_argument("--hosts", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print one JSON line after the table")
-    args = parser.parse_args()
+def pair(run: dict[str, Any], i: int) -> dict[str, float]:
+    """Both, the other one first every second time."""
+    return {name: run[name]() for name in (run if i % 2 == 0 else reversed(run))}
+
+
+def compare_clusters(args: argparse.Namespace, model: str, options: dict[str, Any]) -> dict[str, Any]:
     from dataclasses import asdict
 
     from moe_jax import LLM
-    from serving.environment import compilation_cache
+    from moe_jax.llm import model_directory
+    from serving.environment import compilation_cache, guess_platform
 
-    cache = str(compilation_cache("cpu", None, os.environ))
-    pairs: list[dict[str, float]] = []
-    with LLM("demo", hosts=args.hosts, max_batch=32) as llm:
+    platform = guess_platform(os.environ.get("JAX_PLATFORMS"))
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both are there at the same time
+    with LLM(model, hosts=args.hosts, **options) as llm:
         config = asdict(llm.engine_config)
-        run_elastic(llm)  # warm
+        order = {
+            "model": str(model_directory(model)),
+            "load_format": options["load_format"],
+            "config": config,
+            "cache": str(compilation_cache(platform, None, os.environ)),
+            "requests": args.requests,
+        }
+        run_elastic(llm, args.requests)  # warm
         time.sleep(5.0)  # until the meshes that a loss would leave are ready
-        for i in range(args.pairs):
-            # The other side waits idle: parked engines take no processor time.
-            both = {"elastic": run_elastic, "static": lambda _: run_static(config, cache)}
-            order = ["elastic", "static"] if i % 2 == 0 else ["static", "elastic"]
-            pairs.append({name: both[name](llm) for name in order})
-            print(pairs[-1], file=sys.stderr, flush=True)
-    ratios = [p["elastic"] / p["static"] for p in pairs]
+        # The other side waits idle: parked engines take no processor time.
+        run = {"elastic": lambda: run_elastic(llm, args.requests), "static": lambda: run_static(order)}
+        pairs = measure(run, args.pairs)
+    if platform != "cpu" or args.shape != "demo":
+        return {"pairs": pairs, "cost": {}}
+    return {"pairs": pairs, "cost": dict(zip(run, costs(config, (config["replication"], 1)), strict=True))}
+
+
+def compare_slots(args: argparse.Namespace, model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Two engines on one device: milliseconds of a step of each, the median of three runs."""
+    from bench_serving import SETTLE, Server
+
+    from moe_jax.config import ModelConfig
+    from moe_jax.llm import model_directory
+    from serving.environment import compilation_cache, guess_platform
+
+    path, load_format = model_directory(model), options.pop("load_format")
+    experts, steps = ModelConfig.from_json(path).num_experts, 3 * args.steps * args.pairs
+    context = args.context or 16
+    options["max_prefill_rows"] = rows = 512  # prefill is not measured, and more of it takes longer to compile
+    waiting = -(-args.requests * context // rows)  # steps in which the first already decode, until all do
+    longest = context + waiting + steps + 2 * SETTLE
+    options["max_model_len"] = max(options.get("max_model_len") or 0, longest)
+    options["num_pages"] = args.requests * -(-options["max_model_len"] // 64)
+    cache = compilation_cache(guess_platform(os.environ.get("JAX_PLATFORMS")), None, os.environ)
+    twice, once = (Server(path, options | {"slots": n * experts}, cache, load_format) for n in (2, 1))
+    with (
+        twice.decoding(args.requests, context, steps),
+        once.decoding(args.requests, context, steps),
+    ):
+        run = {name: lambda s=s: 1e3 * s.decode(args.steps) for name, s in (("redundant", twice), ("plain", once))}
+        return {"pairs": measure(run, args.pairs), "cost": {}}
+
+
+def measure(run: dict[str, Any], pairs: int) -> list[dict[str, float]]:
+    found = []
+    for i in range(pairs):
+        found.append(pair(run, i))
+        print(found[-1], file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--static"]:
+        static_rank(int(sys.argv[3]), json.loads(sys.argv[2]))
+    parser = argparse.ArgumentParser(description="What being elastic costs while nobody is dead.", allow_abbrev=False)
+    add_model_options(parser)
+    parser.add_argument("--hosts", type=int, default=4, help="1: what spare slots cost on one device")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=32, help="decoded at once")
+    parser.add_argument("--context", type=int, help="with --hosts 1: tokens of each prompt (default: 16)")
+    parser.add_argument("--steps", type=int, default=32, help="with --hosts 1: of each of a turn's three runs")
+    parser.add_argument("--json", action="store_true", help="print one JSON line after the table")
+    args = parser.parse_args()
+    options: dict[str, Any] = {"load_format": "auto", "max_batch": -(-args.requests // 16) * 16}
+    with tempfile.TemporaryDirectory() as directory:
+        model = "demo"
+        if args.shape != "demo":
+            model = str(write_model(args.shape, args.layers, Path(directory)))
+            options |= {"load_format": "dummy", "max_model_len": 512}
+        found = (compare_slots if args.hosts == 1 else compare_clusters)(args, model, options)
+    pairs, cost = found["pairs"], found["cost"]
+    first, second = pairs[0]
+    ratios = [p[first] / p[second] for p in pairs]
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **machine(),
+        "shape": args.shape,
+        "layers": args.layers,
         "hosts": args.hosts,
+        "requests": args.requests,
         "pairs": [{k: round(v, 3) for k, v in p.items()} for p in pairs],
         "ratio": round(statistics.median(ratios), 4),
         "ratios": [round(r, 4) for r in ratios],
-        "cost": dict(zip(("elastic", "static"), costs(config, (config["replication"], 1)), strict=True)),
+        "cost": cost,
     }
-    title = f"{args.hosts} hosts, {REQUESTS} requests decoding"
-    table = Table("", "elastic, ms a step", "static", "ratio", title=title)
+    title = f"{args.shape}, {args.hosts} hosts, {args.requests} requests decoding"
+    table = Table("", f"{first}, ms a step", second, "ratio", title=title)
     for i, (p, r) in enumerate(zip(pairs, ratios, strict=True), 1):
-        table.add_row(f"pair {i}", f"{p['elastic']:.3f}", f"{p['static']:.3f}", f"{r:.4f}")
+        table.add_row(f"pair {i}", f"{p[first]:.3f}", f"{p[second]:.3f}", f"{r:.4f}")
     table.add_row("median", "", "", f"{result['ratio']:.4f}")
-    for name in ("flops", "bytes"):
-        table.add_row(name, *(f"{result['cost'][side][name]:.6g}" for side in ("elastic", "static")), "")
+    for name in ("flops", "bytes") if cost else ():
+        table.add_row(name, *(f"{cost[side][name]:.6g}" for side in (first, second)), "")
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(f"{result['cpu']}, {result['cores']} cores; {result['date']}; jax {result['jax']}", soft_wrap=True)
     console.print(table)

@@ -337,18 +337,19 @@ class Chaos:
 
     async def stop_engine(self) -> str:
         """SIGSTOP to an engine, SIGCONT later."""
-        return await self._stop("engine", "pid", (0.2, 0.5, 2.5))
+        return await self.stop((await self.victims(1))[0], "engine", self.random.choice((0.2, 0.5, 2.5)))
 
     async def stop_worker(self) -> str:
         """SIGSTOP to a supervisor, SIGCONT later."""
-        return await self._stop("worker", "supervisor_pid", (1.3, 2.0, 4.0))
+        return await self.stop((await self.victims(1))[0], "worker", self.random.choice((1.3, 2.0, 4.0)))
 
-    async def _stop(self, kind: str, name: str, delays: Sequence[float]) -> str:
-        rank, delay = (await self.victims(1))[0], self.random.choice(delays)
-        send([rank[name]], signal.SIGSTOP)
+    async def stop(self, rank: dict[str, Any], kind: str, delay: float) -> str:
+        """SIGSTOP to a rank's engine or supervisor ("worker"), and SIGCONT after so many seconds."""
+        pid = rank[{"engine": "pid", "worker": "supervisor_pid"}[kind]]
+        send([pid], signal.SIGSTOP)
         self.stopped |= {rank["pid"], rank["supervisor_pid"]}
         await asyncio.sleep(delay)
-        send([rank[name]], signal.SIGCONT)
+        send([pid], signal.SIGCONT)
         return f"{kind} {rank['rank']} stopped for {delay:g} s"
 
     async def service(self) -> str:
@@ -429,7 +430,7 @@ def sweep(chaos: Chaos, shape: Shape, size: int) -> Iterator[tuple[str, Callable
 
 
 async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    shape = Shape.of(args)
+    shape = Shape.of(args, directory)
     begun = time.monotonic()
     jobs = make_jobs(args.jobs, args.seed, *args.tokens)
     say(f"{len(jobs)} requests on one host, for comparison; programs for {shape}")

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax.checkpoint import load_params, open_checkpoint
 from moe_jax.config import ConfigError
-from moe_jax.executables import Executables, Program
+from moe_jax.executables import Executables, Program, resolve
 from moe_jax.hopper import EXPERTS
 from moe_jax.kernels import tuning
 from moe_jax.kernels.grouped_gemm import (
@@ -42,7 +42,6 @@ from moe_jax.kernels.routing import (
     permute_reference,
 )
 from moe_jax.llm import engine_config, model_directory
-from moe_jax.memory import weight_bytes
 from moe_jax.mesh import ExpertMesh
 from moe_jax.programs import ProgramStore
 from moe_jax.sampling import sample
@@ -310,9 +309,7 @@ def test_8_bit_experts_stay_so(family: str, tmp_path: Path, monkeypatch: pytest.
     elsewhere = Executables.of(checkpoint, replace(config, kernels="xla"), "NVIDIA H200", ProgramStore(None))
     assert not elsewhere.model.float8_experts
     assert elsewhere.types["segments"][last]["experts_down"] == jnp.bfloat16
-    narrow, wide = (weight_bytes(model, replace(config, kernels=kernels)) for kernels in ("hopper", "xla"))
-    experts = 3 * 256 * 128 * model.num_experts * model.num_moe_layers
-    assert wide - narrow == experts
+    assert resolve(checkpoint, replace(config, kernels="auto"), "NVIDIA H200")[0] is checkpoint
 
 
 @new_jax

@@ -4,11 +4,15 @@ import json
 import re
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax.config import ConfigError, EngineConfig, parse_hugging_face
+from moe_jax.dummy_checkpoint import DummyCheckpoint
+from moe_jax.executables import resolve
 from moe_jax.llm import engine_config
 from moe_jax.memory import pages_that_fit, position_bytes, weight_bytes, workspace_bytes
 
@@ -18,6 +22,7 @@ QWEN: dict[str, Any] = json.loads("""{
   "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
   "moe_intermediate_size": 768, "intermediate_size": 6144, "max_position_embeddings": 40960}""")
 MODEL = parse_hugging_face(QWEN)
+FLOAT8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 
 def test_weights_of_a_known_model() -> None:
@@ -26,6 +31,17 @@ def test_weights_of_a_known_model() -> None:
     assert position_bytes(MODEL, config) == 2 * 48 * 4 * 128 * 2
     two = EngineConfig(ranks=2, dtype="bfloat16", deterministic=False)
     assert weight_bytes(MODEL, two) < 0.55 * weight_bytes(MODEL, config)
+
+
+def test_weights_of_8_bit_experts() -> None:
+    """A byte each, and four for the scale of a block; two where a GPU's kernels multiply no such experts."""
+    model = parse_hugging_face(QWEN | {"quantization_config": FLOAT8})
+    config = EngineConfig(dtype="bfloat16", deterministic=False)
+    checkpoint = DummyCheckpoint(model, np.dtype(ml_dtypes.bfloat16))
+    wide, kernels = resolve(checkpoint, config, "NVIDIA A100")
+    assert kernels == "xla" and weight_bytes(wide.config, config) == weight_bytes(MODEL, config)
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert weight_bytes(MODEL, config) - weight_bytes(model, config) == experts - 4 * experts // 128**2
 
 
 @given(memory=st.integers(64 * GIB, 200 * GIB), max_batch=st.sampled_from([16, 64, 256]))
