@@ -57,12 +57,13 @@ def main() -> None:
                 values = None if latent else normal(1, 1, pages, kv_heads, PAGE, value_dim)
                 one = jnp.arange(batch, dtype=jnp.int32)
                 items = Queries(one, jnp.full(batch, context, jnp.int32), one, one)
-                splits = choose_splits(batch, kv_heads * -(-rows // 64), context // PAGE)
+                splits = choose_splits(batch, kv_heads, rows, value_dim, context // PAGE)
 
                 def ours(
                     q: Any, k: Any, v: Any, t: Any, items: Any, value_dim: int = value_dim, splits: int = splits
                 ) -> Any:
-                    return merge(*paged_attention(q, k, v, None, None, jnp.int32(0), t, items, value_dim, 1, splits))[0]
+                    found = paged_attention(q, k, v, None, None, jnp.int32(0), t, items, value_dim, 1, splits)
+                    return merge(*found)[0].astype(q.dtype)
 
                 # Queries differ, so that calls are not taken for one another; short ones are many, for the host's sake.
                 qs = [
