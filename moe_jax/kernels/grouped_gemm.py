@@ -7,6 +7,7 @@ one of a few widths. A producer warpgroup keeps a ring of TMA loads running acro
 Weights are kept in blocks that a single copy of consecutive bytes brings in, see `to_blocks`.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,6 +53,11 @@ class Tiles:
     row: jax.Array  # [tiles] int32, first row, a multiple of ALIGN
     size: jax.Array  # [tiles] int32, rows, 1 to block_m
     count: jax.Array  # [] int32
+
+
+def tile_step(block_m: int) -> int:
+    """What the heights of a group's tiles but the last are multiples of."""
+    return math.gcd(block_m, 16)
 
 
 def block_rows(columns: int, swiglu: bool) -> int:
@@ -372,10 +378,14 @@ def grouped_gemm(
                         some = min(64, width - at)
 
                         @pl.when(size > at)
-                        def _(at: int = at, some: int = some, p: int = p, column: Any = column, buffer: int = buffer) -> None:
+                        def _(
+                            at: int = at, some: int = some, p: int = p, column: Any = column, buffer: int = buffer
+                        ) -> None:
                             y = found[p][:, at : at + some]
                             if activate:
-                                r = lax.rsqrt(1 + jnp.exp(-y))  # a quotient would be IEEE's, which takes ten times as long
+                                r = lax.rsqrt(
+                                    1 + jnp.exp(-y)
+                                )  # a quotient would be IEEE's, which takes ten times as long
                                 y = y * r * r * found[1][:, at : at + some]
                             ys.at[wg, buffer, pl.ds(at, some)].T[...] = y.astype(dtype)
                             plgpu.commit_smem()

@@ -85,8 +85,8 @@ def paged_attention(
     new_values [pages, kv_heads, ...] hold the rows of this step in order, 64 a page, or None where no item sees any.
     layer [] int32; tables [entries, pages] int32. Key and value dims must be multiples of 64. Nothing may be NaN.
 
-    Returns, for S = splits parts, [items, S, kv_heads, rows, value_dim] in q's dtype, and the base-2 logarithm of the sum of
-    exponentials [items, S, kv_heads, rows or more] float32, -inf where nothing is seen (and then zeros).
+    Returns, for S = splits parts, [items, S, kv_heads, rows, value_dim] in q's dtype, and the base-2 logarithm of the
+    sum of exponentials [items, S, kv_heads, rows or more] float32, -inf where nothing is seen (and then zeros).
     """
     n, kv_heads, rows, key_dim = q.shape
     dtype = q.dtype
