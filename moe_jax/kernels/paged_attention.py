@@ -103,11 +103,14 @@ def paged_attention(
     height = min(rows, ROWS)
     room = 1 if mode == "values" else wgs  # for queries, and then for results
     width = value_dim // wgs if mode == "values" else value_dim
+    half = PAGE // wgs if mode == "values" else PAGE  # positions whose scores a warpgroup computes
     latent = values is None
     page_bytes = PAGE * 2 * (key_dim + (0 if latent else value_dim))
     stages = min(8, (SHARED_MEMORY - room * ROWS * 2 * max(key_dim, value_dim)) // page_bytes)
     if apart:
         stages -= stages % wgs  # each warpgroup has its own slots
+    if mode == "values" and not (latent and key_dim > value_dim):
+        raise ValueError(f"value dim {value_dim}: expected at most 256, or values in longer keys")
     if stages < 2:
         raise ValueError(f"key dim {key_dim} and value dim {value_dim}: two pages do not fit in shared memory")
     streams = wgs if apart else 1  # of pages
@@ -205,12 +208,24 @@ def paged_attention(
             head, part, begin, old, total, real = span(wg)
             mine = 0 if mode == "values" else wg  # which queries
             rows_of = block * per_block + (wg if mode == "rows" else 0)
-            column = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 1, layout=square)
+            ahead = wg * half if mode == "values" else 0
+            column = plgpu.broadcasted_iota(jnp.int32, (ROWS, half), 1, layout=square) + ahead
             token: Any = None
             if nk_g is not None:
-                line = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 0, layout=square)
+                line = plgpu.broadcasted_iota(jnp.int32, (ROWS, half), 0, layout=square)
                 token = lax.div(line + rows_of * ROWS, jnp.int32(group))
             plgpu.barrier_wait(q_full)
+
+            def meet() -> None:
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(done)
+                plgpu.barrier_wait(done)
+
+            def others(x: jax.Array) -> jax.Array:
+                """What the other warpgroup has in place of x [ROWS]."""
+                l_s[wg] = x
+                meet()
+                return plgpu.load(l_s.at[1 - wg], layout=by_row)
 
             def per_page(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 acc, m, total_p = state
@@ -219,11 +234,11 @@ def paged_attention(
 
                 def scores(s: Any) -> jax.Array:
                     for j in range(key_dim // 64):
-                        plgpu.wgmma(s, q_s.at[mine, j], k_s.at[slot, pl.ds(j * 64, 64)])
+                        plgpu.wgmma(s, q_s.at[mine, j], k_s.at[slot, pl.ds(j * 64, 64), pl.ds(ahead, half)])
                     plgpu.wgmma_wait(0)
                     return s[...]
 
-                s = pl.run_scoped(scores, plgpu.ACC((ROWS, PAGE), jnp.float32))
+                s = pl.run_scoped(scores, plgpu.ACC((ROWS, half), jnp.float32))
                 if nk_g is None:
                     visible = column + (begin + i) * PAGE < seen
                 else:
@@ -233,21 +248,28 @@ def paged_attention(
                     visible = (x >= jnp.where(fresh, first, 0)) & (x < end)
                 s = jnp.where(visible, s, -jnp.inf)
                 top = jnp.maximum(m, s.max(axis=1) * LOG2E)
+                if mode == "values":
+                    top = jnp.maximum(top, others(top))
                 p = jnp.exp2(s * LOG2E - lax.broadcast_in_dim(top, s.shape, [0]))
                 keep = jnp.exp2(m - top)
                 total_p = total_p * keep + p.sum(axis=1)
                 acc = acc * lax.broadcast_in_dim(keep, acc.shape, [0])
-                p16 = p.astype(dtype)
+                weights: Any = p.astype(dtype)
+                if mode == "values":  # both need all; they lie where keys were that no value is made of
+                    at = pl.ds(key_dim - 64, 64)
+                    k_s.at[slot, at, pl.ds(ahead, half)][...] = weights
+                    meet()
+                    weights = k_s.at[slot, at]
 
                 from_ = wg * width if mode == "values" else 0
                 seen_values = v_s.at[slot] if not latent else k_s.at[slot, pl.ds(from_, width)].T
 
                 def weigh(acc_ref: Any) -> None:
-                    plgpu.wgmma(acc_ref, p16, seen_values)
+                    plgpu.wgmma(acc_ref, weights, seen_values)
                     plgpu.wgmma_wait(0)
 
                 if interpret is not None:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
-                    acc += jnp.dot(p16, seen_values[...], preferred_element_type=jnp.float32)
+                    acc += jnp.dot(weights[...], seen_values[...], preferred_element_type=jnp.float32)
                     plgpu.commit_smem()  # for its race detector, to which this is a read that a copy cannot wait for
                 elif width <= 128:
                     acc += pl.run_scoped(lambda r: (weigh(r), r[...])[1], plgpu.ACC((ROWS, width), jnp.float32))
@@ -262,10 +284,10 @@ def paged_attention(
                 plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
             )
             acc, m, total_p = lax.fori_loop(0, total, per_page, start)
+            if mode == "values":
+                total_p += others(total_p)
+                meet()  # what was read may be written again; so may the queries, whose place results take
             acc = acc * lax.broadcast_in_dim(1 / jnp.maximum(total_p, 1e-30), acc.shape, [0])
-            if mode == "values":  # queries are read by both, and their place becomes that of the results
-                plgpu.barrier_arrive(done)
-                plgpu.barrier_wait(done)
             shift = wg * (width // 64) if mode == "values" else 0
             for j in range(width // 64):
                 q_s.at[mine, shift + j][...] = acc[:, j * 64 : (j + 1) * 64].astype(dtype)
@@ -285,7 +307,8 @@ def paged_attention(
             plgpu.wait_smem_to_gmem(0)
 
     def shared(*shape: int) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+        tiling = plgpu.TilingTransform((8, half)), plgpu.SwizzleTransform(2 * half)
+        return plgpu.SMEM(shape, dtype, transforms=tiling)
 
     run = plgpu.kernel(
         body,
