@@ -304,7 +304,7 @@ def paged_attention(
             def _() -> None:
                 plgpu.copy_smem_to_gmem(l_s.at[wg], l_g.at[item, part, head, pl.ds(rows_of * ROWS, ROWS)])
 
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def shared(*shape: int) -> Any:
         tiling = plgpu.TilingTransform((8, half)), plgpu.SwizzleTransform(2 * half)
