@@ -209,7 +209,7 @@ def jax_times(args: argparse.Namespace) -> None:
                     error = float(built[rows, "check"](*ours[0][:3], ys[0]))
                     del ys
                 try:
-                    found = seconds(compiled, ours if name == "ours" else peer, 0.06 if rows > 8192 else 0.03)
+                    found = seconds(compiled, ours if name == "ours" else peer)
                 except Exception as e:  # noqa: BLE001  a peer that fails is a row less
                     print(f"{g.name} {rows} {name}: {type(e).__name__} {str(e)[:200]}", file=sys.stderr)
                     continue
