@@ -147,8 +147,7 @@ def attend(
         return by_row(out), by_row(lse)
 
     n = items.entry.shape[0]
-    blocks = kv_heads * -(-_padded_groups(groups, 1) // ROWS)
-    splits = choose_splits(n, blocks, e.tables.shape[1])
+    splits = choose_splits(n, kv_heads, _padded_groups(groups, 1), value_dim, e.tables.shape[1])
     if fused:
         found = look(grouped, 1, items, None, None, splits)
         return decode.merge(*found, grouped, new["k"], new["v"]).reshape(rows, heads, value_dim)

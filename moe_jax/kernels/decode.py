@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from moe_jax.config import ModelConfig
-from moe_jax.kernels.grouped_gemm import ALIGN, Tiles
+from moe_jax.kernels.grouped_gemm import ALIGN, Tiles, tile_step
 
 LOG2E = math.log2(math.e)
 CHUNK = 32  # pairs that are counted at once
@@ -191,7 +191,7 @@ def assign(slot: jax.Array, groups: int, block_m: int, interpret: bool = False) 
     """`routing.assign_rows`'s places and `routing.cut_tiles`'s tiles. Each group counts all pairs for itself."""
     pairs = slot.size
     tiles = -(-(pairs + (block_m - 1) * min(groups, pairs)) // block_m)
-    most = 1 << (-(-pairs // block_m) - 1).bit_length()
+    most, step = 1 << (-(-pairs // block_m) - 1).bit_length(), tile_step(block_m)
 
     def body(slot_ref: Any, place_ref: Any, group_ref: Any, row_ref: Any, size_ref: Any, count_ref: Any) -> None:
         me = pl.program_id(0)
@@ -203,7 +203,7 @@ def assign(slot: jax.Array, groups: int, block_m: int, interpret: bool = False) 
 
         sizes = lax.fori_loop(0, pairs // CHUNK, count, jnp.zeros(groups, jnp.int32))
         cut = (sizes + block_m - 1) // block_m
-        each = (sizes + ALIGN * cut - 1) // jnp.maximum(ALIGN * cut, 1) * ALIGN
+        each = (sizes + step * cut - 1) // jnp.maximum(step * cut, 1) * step
         before = group < me
         first = jnp.where(before, (sizes + ALIGN - 1) // ALIGN * ALIGN, 0).sum()
         size, height = (jnp.where(group == me, v, 0).sum() for v in (sizes, each))

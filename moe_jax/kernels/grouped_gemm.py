@@ -7,7 +7,9 @@ one of a few widths. A producer warpgroup keeps a ring of TMA loads running acro
 Weights are kept in blocks that a single copy of consecutive bytes brings in, see `to_blocks`.
 """
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,6 +53,11 @@ class Tiles:
     row: jax.Array  # [tiles] int32, first row, a multiple of ALIGN
     size: jax.Array  # [tiles] int32, rows, 1 to block_m
     count: jax.Array  # [] int32
+
+
+def tile_step(block_m: int) -> int:
+    """What the heights of a group's tiles but the last are multiples of."""
+    return math.gcd(block_m, 16)
 
 
 def block_rows(columns: int, swiglu: bool) -> int:
@@ -273,45 +280,50 @@ def grouped_gemm(
                 i = begin + j * every
                 ahead = tile(i + every)
                 ni, row, size, group = this
-                for low, high in widths:
+                if scales is None:
+                    store(multiply(i, size), ni, row, size)
+                else:
+                    block = (layer * groups + group) * nb + ni * c.together + part
+                    for low, high in widths:
 
-                    @pl.when((size > low) & (size <= high))
-                    def _(low: int = low, high: int = high) -> None:
-                        if scales is None:
-                            store(multiply(i, high), ni, row, size, low, high)
-                        else:
-                            block = (layer * groups + group) * nb + ni * c.together + part
-                            store(multiply_scaled(i, high, block), ni, row, size, low, high)
+                        @pl.when((size > low) & (size <= high))
+                        def _(high: int = high) -> None:
+                            store(multiply_scaled(i, high, block), ni, row, size)
 
                 return ahead
 
-            def multiply(i: jax.Array, width: int) -> list[jax.Array]:
-                """Each 64 rows of weights times the i-th tile's rows, transposed."""
+            def multiply(i: jax.Array, size: jax.Array) -> list[jax.Array]:
+                """Each 64 rows of weights times the i-th tile's rows, transposed; columns behind those are zeros."""
 
                 def scope(*accs: Any) -> list[jax.Array]:
-                    def per_stage(ki: jax.Array, _: None) -> None:
-                        step = i * kt + ki
-                        slot = lax.rem(step, c.stages)
-                        plgpu.barrier_wait(filled(i, slot))
-                        for kk in range(c.blocks_k):
-                            for h, acc in enumerate(accs):
-                                plgpu.wgmma(
-                                    acc,
-                                    ws.at[slot, part, pl.ds(kk * b + h * 64, 64)],
-                                    xs.at[slot, kk, pl.ds(0, width)].T,
-                                )
-                        plgpu.wgmma_wait(halves * c.blocks_k)  # the stage before this one has been read
+                    def of_width(width: int) -> None:
+                        def per_stage(ki: jax.Array, _: None) -> None:
+                            step = i * kt + ki
+                            slot = lax.rem(step, c.stages)
+                            plgpu.barrier_wait(filled(i, slot))
+                            for kk in range(c.blocks_k):
+                                for h, acc in enumerate(accs):
+                                    plgpu.wgmma(
+                                        acc.at[:, pl.ds(0, width)],
+                                        ws.at[slot, part, pl.ds(kk * b + h * 64, 64)],
+                                        xs.at[slot, kk, pl.ds(0, width)].T,
+                                    )
+                            plgpu.wgmma_wait(halves * c.blocks_k)  # the stage before this one has been read
 
-                        @pl.when(ki > 0)
-                        def _() -> None:
-                            plgpu.barrier_arrive(empty.at[lax.rem(step + c.stages - 1, c.stages)])
+                            @pl.when(ki > 0)
+                            def _() -> None:
+                                plgpu.barrier_arrive(empty.at[lax.rem(step + c.stages - 1, c.stages)])
 
-                    lax.fori_loop(0, kt, per_stage, None)
-                    plgpu.wgmma_wait(0)
+                        lax.fori_loop(0, kt, per_stage, None)
+                        plgpu.wgmma_wait(0)
+
+                    # Only this is there for each width: the rest would take its time to compile as often.
+                    narrower = sum((size > w).astype(jnp.int32) for w in c.widths[:-1])
+                    lax.switch(narrower, [partial(of_width, w) for w in c.widths])
                     plgpu.barrier_arrive(empty.at[lax.rem((i + 1) * kt - 1, c.stages)])
                     return [acc[...] for acc in accs]
 
-                return pl.run_scoped(scope, *[plgpu.ACC((64, width), jnp.float32)] * halves)
+                return pl.run_scoped(scope, *[plgpu.ACC((64, c.block_m), jnp.float32)] * halves)
 
             def multiply_scaled(i: jax.Array, width: int, block: jax.Array) -> list[jax.Array]:
                 """The same with 8-bit weights, widened in registers, which is exact; a stage's sum gets its scale."""
@@ -355,28 +367,38 @@ def grouped_gemm(
                     return both[0].astype(jnp.float32) + both[1].astype(jnp.float32)
                 return pl.run_scoped(scope, plgpu.ACC((64, width), jnp.float32))
 
-            def store(
-                out: list[jax.Array], ni: jax.Array, row: jax.Array, size: jax.Array, low: int, width: int
-            ) -> None:
-                if activate:
-                    gate, up = out
-                    r = lax.rsqrt(1 + jnp.exp(-gate))  # a quotient would be IEEE's, which takes ten times as long
-                    out = [gate * r * r * up]
-                for p, y in enumerate(out):
-                    buffer = p % c.buffers
+            def store(found: list[jax.Array], ni: jax.Array, row: jax.Array, size: jax.Array) -> None:
+                """Write the first `size` columns of what was found, as rows, to y from `row` on."""
+                width = found[0].shape[1]
+                for p in range(pieces):
+                    column, buffer = ((ni * c.together + part) * pieces + p) * 64, p % c.buffers
                     if buffer == 0:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    ys.at[wg, buffer, pl.ds(0, width)].T[...] = y.astype(dtype)
-                    plgpu.commit_smem()
-                    column = ((ni * c.together + part) * pieces + p) * 64
-                    # A copy's shape is static: what every tile of this width has, then eights as far as it goes.
-                    for at in dict.fromkeys((0, *range(low, width, ALIGN))):
-                        rows = low if at == 0 and low else ALIGN
+                    for at in range(0, width, 64):
+                        some = min(64, width - at)
 
                         @pl.when(size > at)
-                        def _(at: int = at, rows: int = rows, column: jax.Array = column, buffer: int = buffer) -> None:
-                            to = y_g.at[pl.ds(row + at, rows), pl.ds(column, 64)]
-                            plgpu.copy_smem_to_gmem(ys.at[wg, buffer, pl.ds(at, rows)], to)
+                        def _(
+                            at: int = at, some: int = some, p: int = p, column: Any = column, buffer: int = buffer
+                        ) -> None:
+                            y = found[p][:, at : at + some]
+                            if activate:
+                                r = lax.rsqrt(
+                                    1 + jnp.exp(-y)
+                                )  # a quotient would be IEEE's, which takes ten times as long
+                                y = y * r * r * found[1][:, at : at + some]
+                            ys.at[wg, buffer, pl.ds(at, some)].T[...] = y.astype(dtype)
+                            plgpu.commit_smem()
+
+                            def write(first: int, rows: int) -> None:
+                                to = y_g.at[pl.ds(row + first, rows), pl.ds(column, 64)]
+                                plgpu.copy_smem_to_gmem(ys.at[wg, buffer, pl.ds(first, rows)], to)
+
+                            # A copy's shape is static: all of these rows, or as many eights as there are.
+                            whole = size > at + some - ALIGN
+                            pl.when(whole)(partial(write, at, some))
+                            for first in range(at, at + some - ALIGN, ALIGN):
+                                pl.when(jnp.logical_not(whole) & (size > first))(partial(write, first, ALIGN))
 
             lax.fori_loop(0, lax.div(mine - begin + every - 1, every), per_tile, tile(begin))
             plgpu.wait_smem_to_gmem(0)

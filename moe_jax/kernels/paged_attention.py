@@ -1,7 +1,7 @@
 """Attention over the pages of the KV cache for Hopper, for decode rows and prefill tiles, grouped-query and latent.
 
-A block of threads takes up to 64 query rows for each of its warpgroups (the heads of a group, of one token or of
-several) and visits pages of 64 positions, which copies bring in a few ahead. Long contexts are split over blocks.
+A warpgroup takes up to 64 query rows (the heads of a group, of one token or of several) and visits pages of 64
+positions, which copies bring in a few ahead. Long contexts are split over warpgroups.
 What it returns is normalised, with the logarithm of what was summed, so that parts can be put together (`merge`).
 Online softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867); split contexts: Flash-Decoding (Dao et al. 2023).
 """
@@ -38,7 +38,7 @@ class Queries:
     row: jax.Array  # the item's first row in this step; token t also sees rows first to row + t - 1
 
 
-Mode = Literal["pages", "rows", "values"]
+Mode = Literal["parts", "rows", "values"]
 
 
 def _modes(rows: int, value_dim: int) -> tuple[Mode, int]:
@@ -46,18 +46,20 @@ def _modes(rows: int, value_dim: int) -> tuple[Mode, int]:
     if value_dim > 256:
         return "values", 2  # accumulators of 512 columns do not fit one warpgroup
     if rows <= ROWS:
-        return "pages", 2
+        return "parts", 2  # each has its own: a head's part, or its whole context
     return "rows", 2 if rows % (2 * ROWS) == 0 else 1
 
 
-def choose_splits(items: int, blocks: int, most: int) -> int:
-    """Parts of a context, of at least two pages each where it is as long as it can be, that fill the processor best."""
+def choose_splits(items: int, kv_heads: int, rows: int, value_dim: int, most: int) -> int:
+    """Parts of contexts of up to `most` pages that are likely the fastest, for queries [items, kv_heads, rows, ...]."""
+    mode, wgs = _modes(rows, value_dim)
 
-    def filled(splits: int) -> float:
-        n = items * blocks * splits
-        return n / (-(-n // SMS) * SMS) - 0.01 * splits
+    def pages(splits: int) -> float:
+        """How long it takes, as so many pages: rounds on all multiprocessors, beginning a round, and merging."""
+        blocks = -(-kv_heads * splits // 2) if mode == "parts" else kv_heads * -(-rows // ROWS) * splits
+        return -(-items * blocks // SMS) * (-(-most // splits) + 3) + 0.05 * splits
 
-    return max(range(1, max(2, min(16, most // 2) + 1)), key=filled)
+    return min(range(1, max(1, min(32 if mode == "parts" else 16, most)) + 1), key=pages)
 
 
 def paged_attention(
@@ -83,8 +85,8 @@ def paged_attention(
     new_values [pages, kv_heads, ...] hold the rows of this step in order, 64 a page, or None where no item sees any.
     layer [] int32; tables [entries, pages] int32. Key and value dims must be multiples of 64. Nothing may be NaN.
 
-    Returns, for S parts, [items, S, kv_heads, rows, value_dim] in q's dtype, and the base-2 logarithm of the sum of
-    exponentials [items, S, kv_heads, rows or more] float32, -inf where nothing is seen (and then zeros).
+    Returns, for S = splits parts, [items, S, kv_heads, rows, value_dim] in q's dtype, and the base-2 logarithm of the
+    sum of exponentials [items, S, kv_heads, rows or more] float32, -inf where nothing is seen (and then zeros).
     """
     n, kv_heads, rows, key_dim = q.shape
     dtype = q.dtype
@@ -95,22 +97,24 @@ def paged_attention(
     if rows % 8 or (rows > ROWS and rows % ROWS):
         raise ValueError(f"{rows} query rows: expected a multiple of 8, from 64 on of 64")
     mode, wgs = _modes(rows, value_dim)
+    apart = mode == "parts"
     per_block = wgs if mode == "rows" else 1
     blocks = -(-rows // (ROWS * per_block))
     height = min(rows, ROWS)
     room = 1 if mode == "values" else wgs  # for queries, and then for results
     width = value_dim // wgs if mode == "values" else value_dim
-    parts = splits * (wgs if mode == "pages" else 1)
+    half = PAGE // wgs if mode == "values" else PAGE  # positions whose scores a warpgroup computes
     latent = values is None
     page_bytes = PAGE * 2 * (key_dim + (0 if latent else value_dim))
     stages = min(8, (SHARED_MEMORY - room * ROWS * 2 * max(key_dim, value_dim)) // page_bytes)
-    if mode == "pages":
-        stages -= (
-            stages % wgs
-        )  # a warpgroup counts the phases of the barriers it waits for, so each slot has one reader
+    if apart:
+        stages -= stages % wgs  # each warpgroup has its own slots
+    if mode == "values" and not (latent and key_dim > value_dim):
+        raise ValueError(f"value dim {value_dim}: expected at most 256, or values in longer keys")
     if stages < 2:
         raise ValueError(f"key dim {key_dim} and value dim {value_dim}: two pages do not fit in shared memory")
-    readers = 1 if mode == "pages" else wgs  # of each page
+    streams = wgs if apart else 1  # of pages
+    depth = stages // streams
     copies = -(-key_dim // 256) + (not latent)
     pages = keys.shape[1]
     group = (rows // tokens) if new_keys is not None else 1
@@ -122,18 +126,25 @@ def paged_attention(
         nk_g = None if new_keys is None else given.pop(0)
         nv_g = None if latent or new_keys is None else given.pop(0)
         table_g, entry_g, seen_g, first_g, row_g, layer_g, o_g, l_g = given
-        item, part, wg = lax.axis_index("item"), lax.axis_index("part"), lax.axis_index("wg")
-        at = lax.axis_index("head")
-        head, block = lax.div(at, blocks), lax.rem(at, blocks)
+        item, wg = lax.axis_index("item"), lax.axis_index("wg")
         seen, first, row = seen_g[item], first_g[item], row_g[item]
-        per = lax.div(lax.div(seen + PAGE - 1, PAGE) + splits - 1, splits)
-        begin = part * per
-        old = jnp.clip(lax.div(seen + PAGE - 1, PAGE) - begin, 0, per)
+        held = lax.div(seen + PAGE - 1, PAGE)
+        per = lax.div(held + splits - 1, splits)
         first_new = lax.div(first, PAGE)
-        total = old
-        if nk_g is not None:
-            fresh = jnp.maximum(lax.div(row + tokens - 1 + PAGE - 1, PAGE) - first_new, 0)
-            total = old + jnp.where(part == splits - 1, fresh, 0)
+        block = lax.rem(lax.div(lax.axis_index("unit"), splits), blocks)
+
+        def span(w: Any) -> tuple[jax.Array, ...]:
+            """Head, part, first page, pages of the cache, and all pages that a warpgroup visits."""
+            unit = lax.axis_index("unit") * streams + (w if apart else 0)
+            part, head = lax.rem(unit, splits), lax.div(unit, splits * blocks)
+            begin = part * per
+            old = jnp.clip(held - begin, 0, per)
+            total = old
+            if nk_g is not None:
+                fresh = jnp.maximum(lax.div(row + tokens - 1 + PAGE - 1, PAGE) - first_new, 0)
+                total = old + jnp.where(part == splits - 1, fresh, 0)
+            real = head < kv_heads  # with an odd number of units, the last block has one only
+            return jnp.minimum(head, kv_heads - 1), part, begin, old, jnp.where(real, total, 0), real
 
         def bring(source_k: Any, source_v: Any, base: jax.Array, slot: jax.Array) -> None:
             for c in range(0, key_dim, 256):
@@ -148,68 +159,86 @@ def paged_attention(
         def produce() -> None:
             plgpu.set_max_registers(40, action="decrease")
             entry, layer = entry_g[item], layer_g[0]
-            for w in range(per_block):
-                rows_at = pl.ds((block * per_block + w) * height, height)
+            spans = [span(w) for w in range(streams)]
+            for w in range(room):
+                rows_at = pl.ds((block * per_block + (w if mode == "rows" else 0)) * height, height)
                 for j in range(key_dim // 64):
-                    from_ = q_g.at[item, head, rows_at, pl.ds(j * 64, 64)]
+                    from_ = q_g.at[item, spans[w % streams][0], rows_at, pl.ds(j * 64, 64)]
                     plgpu.copy_gmem_to_smem(from_, q_s.at[w, j, pl.ds(0, height)], q_full)
 
-            def page_of(i: jax.Array) -> jax.Array:
-                return table_g[entry, jnp.minimum(begin + i, tables.shape[1] - 1)]
+            def pages_of(i: Any) -> tuple[jax.Array, ...]:
+                return tuple(table_g[entry, jnp.minimum(s[2] + i, tables.shape[1] - 1)] for s in spans)
 
-            def per_page(i: jax.Array, page: jax.Array) -> jax.Array:
-                ahead, slot = page_of(i + 1), lax.rem(i, stages)
+            def per_page(i: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                ahead = pages_of(i + 1)
+                for w, ((head, _, _, old, total, _), page) in enumerate(zip(spans, now, strict=True)):
+                    slot = w * depth + lax.rem(i, depth)
 
-                @pl.when(i >= stages)
-                def _() -> None:
-                    plgpu.barrier_wait(empty.at[slot])
+                    @pl.when((i >= depth) & (i < total))
+                    def _(slot: jax.Array = slot) -> None:
+                        plgpu.barrier_wait(empty.at[slot])
 
-                @pl.when(i < old)
-                def _() -> None:
-                    bring(k_g, v_g, (layer * pages + page) * kv_heads + head, slot)
+                    @pl.when(i < jnp.minimum(old, total))
+                    def _(head: jax.Array = head, page: jax.Array = page, slot: jax.Array = slot) -> None:
+                        bring(k_g, v_g, (layer * pages + page) * kv_heads + head, slot)
 
-                if nk_g is not None:
+                    if nk_g is not None:
 
-                    @pl.when(i >= old)
-                    def _() -> None:
-                        bring(nk_g, nv_g, (first_new + i - old) * kv_heads + head, slot)
+                        @pl.when((i >= old) & (i < total))
+                        def _(head: jax.Array = head, old: jax.Array = old, slot: jax.Array = slot) -> None:
+                            bring(nk_g, nv_g, (first_new + i - old) * kv_heads + head, slot)
 
                 return ahead
 
-            lax.fori_loop(0, total, per_page, page_of(jnp.int32(0)))
+            lax.fori_loop(0, reduce(jnp.maximum, [s[4] for s in spans]), per_page, pages_of(0))
 
             def drain(j: jax.Array, _: None) -> None:
-                @pl.when(total > j)
-                def _() -> None:
-                    plgpu.barrier_wait(empty.at[lax.rem(total - 1 - j, stages)])
+                for w, (_, _, _, _, total, _) in enumerate(spans):
 
-            lax.fori_loop(0, stages, drain, None)
+                    @pl.when(total > j)
+                    def _(w: int = w, total: jax.Array = total) -> None:
+                        plgpu.barrier_wait(empty.at[w * depth + lax.rem(total - 1 - j, depth)])
+
+            lax.fori_loop(0, depth, drain, None)
 
         @pl.when(wg < wgs)
         def consume() -> None:
             plgpu.set_max_registers(232, action="increase")
             by_row, square = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
-            mine = wg if mode == "rows" else 0
-            column = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 1, layout=square)
+            head, part, begin, old, total, real = span(wg)
+            mine = 0 if mode == "values" else wg  # which queries
+            rows_of = block * per_block + (wg if mode == "rows" else 0)
+            ahead = wg * half if mode == "values" else 0
+            column = plgpu.broadcasted_iota(jnp.int32, (ROWS, half), 1, layout=square) + ahead
             token: Any = None
             if nk_g is not None:
-                line = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 0, layout=square)
-                token = lax.div(line + (block * per_block + mine) * ROWS, jnp.int32(group))
+                line = plgpu.broadcasted_iota(jnp.int32, (ROWS, half), 0, layout=square)
+                token = lax.div(line + rows_of * ROWS, jnp.int32(group))
             plgpu.barrier_wait(q_full)
 
-            def per_page(step: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            def meet() -> None:
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(done)
+                plgpu.barrier_wait(done)
+
+            def others(x: jax.Array) -> jax.Array:
+                """What the other warpgroup has in place of x [ROWS]."""
+                l_s[wg] = x
+                meet()
+                return plgpu.load(l_s.at[1 - wg], layout=by_row)
+
+            def per_page(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 acc, m, total_p = state
-                i = step * wgs + wg if mode == "pages" else step
-                slot = lax.rem(i, stages)
+                slot = lax.rem(i, depth) + (wg * depth if apart else 0)
                 plgpu.barrier_wait(full.at[slot])
 
                 def scores(s: Any) -> jax.Array:
                     for j in range(key_dim // 64):
-                        plgpu.wgmma(s, q_s.at[mine, j], k_s.at[slot, pl.ds(j * 64, 64)])
+                        plgpu.wgmma(s, q_s.at[mine, j], k_s.at[slot, pl.ds(j * 64, 64), pl.ds(ahead, half)])
                     plgpu.wgmma_wait(0)
                     return s[...]
 
-                s = pl.run_scoped(scores, plgpu.ACC((ROWS, PAGE), jnp.float32))
+                s = pl.run_scoped(scores, plgpu.ACC((ROWS, half), jnp.float32))
                 if nk_g is None:
                     visible = column + (begin + i) * PAGE < seen
                 else:
@@ -219,21 +248,28 @@ def paged_attention(
                     visible = (x >= jnp.where(fresh, first, 0)) & (x < end)
                 s = jnp.where(visible, s, -jnp.inf)
                 top = jnp.maximum(m, s.max(axis=1) * LOG2E)
+                if mode == "values":
+                    top = jnp.maximum(top, others(top))
                 p = jnp.exp2(s * LOG2E - lax.broadcast_in_dim(top, s.shape, [0]))
                 keep = jnp.exp2(m - top)
                 total_p = total_p * keep + p.sum(axis=1)
                 acc = acc * lax.broadcast_in_dim(keep, acc.shape, [0])
-                p16 = p.astype(dtype)
+                weights: Any = p.astype(dtype)
+                if mode == "values":  # both need all; they lie where keys were that no value is made of
+                    at = pl.ds(key_dim - 64, 64)
+                    k_s.at[slot, at, pl.ds(ahead, half)][...] = weights
+                    meet()
+                    weights = k_s.at[slot, at]
 
                 from_ = wg * width if mode == "values" else 0
                 seen_values = v_s.at[slot] if not latent else k_s.at[slot, pl.ds(from_, width)].T
 
                 def weigh(acc_ref: Any) -> None:
-                    plgpu.wgmma(acc_ref, p16, seen_values)
+                    plgpu.wgmma(acc_ref, weights, seen_values)
                     plgpu.wgmma_wait(0)
 
                 if interpret is not None:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
-                    acc += jnp.dot(p16, seen_values[...], preferred_element_type=jnp.float32)
+                    acc += jnp.dot(weights[...], seen_values[...], preferred_element_type=jnp.float32)
                     plgpu.commit_smem()  # for its race detector, to which this is a read that a copy cannot wait for
                 elif width <= 128:
                     acc += pl.run_scoped(lambda r: (weigh(r), r[...])[1], plgpu.ACC((ROWS, width), jnp.float32))
@@ -247,41 +283,41 @@ def paged_attention(
                 plgpu.layout_cast(jnp.full((ROWS,), UNSEEN, jnp.float32), by_row),
                 plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
             )
-            steps = lax.div(total - wg + wgs - 1, wgs) if mode == "pages" else total
-            acc, m, total_p = lax.fori_loop(0, steps, per_page, start)
+            acc, m, total_p = lax.fori_loop(0, total, per_page, start)
+            if mode == "values":
+                total_p += others(total_p)
+                meet()  # what was read may be written again; so may the queries, whose place results take
             acc = acc * lax.broadcast_in_dim(1 / jnp.maximum(total_p, 1e-30), acc.shape, [0])
-            if wgs > per_block:  # queries are read by all, and their place becomes that of the results
-                plgpu.barrier_arrive(done)
-                plgpu.barrier_wait(done)
-            to = part * wgs + wg if mode == "pages" else part
-            rows_at = pl.ds((block * per_block + mine) * height, height)
-            held, shift = (0, wg * (width // 64)) if mode == "values" else (wg, 0)
+            shift = wg * (width // 64) if mode == "values" else 0
             for j in range(width // 64):
-                q_s.at[held, shift + j][...] = acc[:, j * 64 : (j + 1) * 64].astype(dtype)
+                q_s.at[mine, shift + j][...] = acc[:, j * 64 : (j + 1) * 64].astype(dtype)
             l_s[wg] = m + jnp.log2(total_p)
             plgpu.commit_smem()
-            for j in range(width // 64):
-                from_ = q_s.at[held, shift + j, pl.ds(0, height)]
-                plgpu.copy_smem_to_gmem(from_, o_g.at[item, to, head, rows_at, pl.ds((shift + j) * 64, 64)])
-            line_at = pl.ds((block * per_block + mine) * ROWS, ROWS)
 
-            @pl.when((wg == 0) | (mode != "values"))
+            @pl.when(real)
             def _() -> None:
-                plgpu.copy_smem_to_gmem(l_s.at[wg], l_g.at[item, to, head, line_at])
+                for j in range(width // 64):
+                    to = o_g.at[item, part, head, pl.ds(rows_of * height, height), pl.ds((shift + j) * 64, 64)]
+                    plgpu.copy_smem_to_gmem(q_s.at[mine, shift + j, pl.ds(0, height)], to)
 
-            plgpu.wait_smem_to_gmem(0)
+            @pl.when(real & ((wg == 0) | (mode != "values")))
+            def _() -> None:
+                plgpu.copy_smem_to_gmem(l_s.at[wg], l_g.at[item, part, head, pl.ds(rows_of * ROWS, ROWS)])
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def shared(*shape: int) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+        tiling = plgpu.TilingTransform((8, half)), plgpu.SwizzleTransform(2 * half)
+        return plgpu.SMEM(shape, dtype, transforms=tiling)
 
     run = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((n, parts, kv_heads, rows, value_dim), dtype),
-            jax.ShapeDtypeStruct((n, parts, kv_heads, -(-rows // ROWS) * ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((n, splits, kv_heads, rows, value_dim), dtype),
+            jax.ShapeDtypeStruct((n, splits, kv_heads, -(-rows // ROWS) * ROWS), jnp.float32),
         ),
-        grid=(n, kv_heads * blocks, splits),
-        grid_names=("item", "head", "part"),
+        grid=(n, -(-kv_heads * blocks * splits // streams)),
+        grid_names=("item", "unit"),
         num_threads=wgs + 1,
         thread_name="wg",
         scratch_types=dict(
@@ -289,9 +325,9 @@ def paged_attention(
             k_s=shared(stages, key_dim, PAGE),
             v_s=plgpu.SMEM((8,), jnp.float32) if latent else shared(stages, PAGE, value_dim),
             l_s=plgpu.SMEM((wgs, ROWS), jnp.float32),
-            q_full=plgpu.Barrier(num_arrivals=per_block * key_dim // 64),
+            q_full=plgpu.Barrier(num_arrivals=room * key_dim // 64),
             full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            empty=plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=wgs // streams, num_barriers=stages),
             done=plgpu.Barrier(num_arrivals=wgs),
         ),
         compiler_params=plgpu.CompilerParams(
@@ -355,6 +391,8 @@ def paged_attention_reference(
 def merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Parts along axis 1 as one: out [n, S, ..., rows, dim], lse [n, S, ..., rows or more] in base 2; float32. Nothing
     seen: zeros."""
+    if lse.shape[1] == 1:
+        return out[:, 0].astype(jnp.float32), lse[:, 0, ..., : out.shape[-2]]
     # Part by part: XLA makes one pass of sums that are written out, and several of reductions.
     parts, lse = range(lse.shape[1]), lse[..., : out.shape[-2]]
     top = reduce(jnp.maximum, (lse[:, i] for i in parts))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from moe_jax.kernels.grouped_gemm import ALIGN, Tiles
+from moe_jax.kernels.grouped_gemm import ALIGN, Tiles, tile_step
 
 plgpu: Any = mosaic_gpu  # of jax 0.11; 0.10, which type checks may see, has other signatures
 FEW, CHUNK = 2048, 256  # so many pairs are compared with one another: few all at once, more chunk by chunk
@@ -62,7 +62,8 @@ def cut_tiles(sizes: jax.Array, pairs: int, block_m: int) -> Tiles:
     """
     groups = sizes.size
     first, cut = _before(_over(sizes, ALIGN) * ALIGN), _over(sizes, block_m)
-    each = ALIGN * jax.lax.div(sizes + ALIGN * cut - 1, jnp.maximum(ALIGN * cut, 1))
+    step = tile_step(block_m)
+    each = step * jax.lax.div(sizes + step * cut - 1, jnp.maximum(step * cut, 1))
     earlier = jnp.tril(jnp.ones((groups, groups), bool), -1) & (each == each[:, None]) | (each > each[:, None])
     begin = jnp.where(earlier, cut, 0).sum(-1, dtype=jnp.int32)
     t = jnp.arange(-(-(pairs + (block_m - 1) * min(groups, pairs)) // block_m), dtype=jnp.int32)[:, None]
