@@ -8,7 +8,7 @@ Which experts those are is the placement's business, and what a parameter is, `m
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -30,9 +30,9 @@ from moe_jax.tensor_file import CheckpointError
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "ExpertReader",
     "convert",
     "load_params",
-    "load_slots",
     "open_checkpoint",
     "param_types",
     "widened",
@@ -174,33 +174,36 @@ def param_types(checkpoint: Checkpoint, dtype: Literal["float32", "bfloat16"]) -
     return types
 
 
-def load_slots(
-    checkpoint: Checkpoint,
-    wanted: Iterable[tuple[int, int]],
-    dtype: Literal["float32", "bfloat16"],
-    keep_expert_dtype: bool = True,
-    call: Call = direct,
-) -> dict[str, np.ndarray]:
-    """Each expert parameter of the n wanted (MoE layer, expert), as [n, *shape], typed as `load_params` would."""
-    config, wanted = checkpoint.config, list(wanted)
-    moe_layers = [i for i, moe in enumerate(config.moe_layers) if moe]
-    params = {
-        (path[-1], layer): (path, param)
-        for path, param, first, layers in iterate(config)
-        if param.expert
-        for layer in range(first, first + layers)
-    }
-    arrays: dict[str, np.ndarray] = {}
-    for name in dict.fromkeys(name for name, _ in params):
-        path, param = params[name, moe_layers[0]]
-        target = _target_dtype(checkpoint, path, param, dtype, keep_expert_dtype)
-        arrays[name] = np.empty((len(wanted), *param.shape), target)
-        for i, (moe_layer, expert) in enumerate(wanted):
-            path, param = params[name, moe_layers[moe_layer]]
-            at = path, param, moe_layers[moe_layer], expert
-            drawn = isinstance(checkpoint, DummyCheckpoint)
-            arrays[name][i] = checkpoint.read(*at, call) if drawn else checkpoint.read(*at)
-    return arrays
+class ExpertReader:
+    """Single experts of a checkpoint, typed as `load_params` would. What does not depend on the expert is looked up
+    once: whoever reads beside steps takes the interpreter's lock from them."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: Literal["float32", "bfloat16"], keep_expert_dtype: bool = True
+    ) -> None:
+        self._checkpoint = checkpoint
+        config = checkpoint.config
+        self._layers = [i for i, moe in enumerate(config.moe_layers) if moe]
+        self._params = {
+            (path[-1], layer): (path, param)
+            for path, param, first, layers in iterate(config)
+            if param.expert
+            for layer in range(first, first + layers)
+        }
+        self._types: dict[str, np.dtype] = {}
+        for name in dict.fromkeys(name for name, _ in self._params):
+            path, param = self._params[name, self._layers[0]]
+            self._types[name] = _target_dtype(checkpoint, path, param, dtype, keep_expert_dtype)
+
+    def read(self, moe_layer: int, expert: int, call: Call = direct) -> dict[str, np.ndarray]:
+        """Each expert parameter, as `param.shape`. moe_layer counts layers with experts."""
+        checkpoint, layer = self._checkpoint, self._layers[moe_layer]
+        arrays: dict[str, np.ndarray] = {}
+        for name, dtype in self._types.items():
+            at = *self._params[name, layer], layer, expert
+            array = checkpoint.read(*at, call) if isinstance(checkpoint, DummyCheckpoint) else checkpoint.read(*at)
+            arrays[name] = array.astype(dtype, order="C", copy=False)
+        return arrays
 
 
 def first_moe_layers(config: ModelConfig) -> list[int]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from moe_jax.attention import cache_shapes
 from moe_jax.batch_input import Layout, unpack_output
-from moe_jax.checkpoint import Checkpoint, first_moe_layers, load_params, load_slots, widened
+from moe_jax.checkpoint import Checkpoint, ExpertReader, first_moe_layers, load_params, widened
 from moe_jax.config import Bucket, EngineConfig
 from moe_jax.executables import Executables, Program
 from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs
@@ -95,7 +95,8 @@ class Engine:
     ) -> None:
         """Loads what this process's ranks hold. slots [layers with experts, ranks of this process, slots] int32."""
         checkpoint = checkpoint if programs.model.float8_experts else widened(checkpoint)
-        self.model, self.config, self.checkpoint, self.programs = checkpoint.config, config, checkpoint, programs
+        self.model, self.config, self.programs = checkpoint.config, config, programs
+        self._experts = ExpertReader(checkpoint, config.dtype)
         self.own = ExpertMesh(tuple(devices))  # this process's ranks, in any epoch
         self.slots = np.array(slots, np.int32)
         self.ranks = [Rank(Scheduler(Limits.of(config), config.prefix_caching)) for _ in devices]
@@ -232,9 +233,9 @@ class Engine:
         return list(zip(layers.tolist(), ranks.tolist(), places.tolist(), strict=True))
 
     def _read(self, i: int, layer: int, expert: int) -> dict[str, jax.Array]:
-        arrays = load_slots(self.checkpoint, [(layer, expert)], self.config.dtype, call=self.programs.call)
+        arrays = self._experts.read(layer, expert, self.programs.call)
         device, prepare = self.own.devices[i], self.programs.prepare
-        return {name: prepare(name, jax.device_put(array[0], device)) for name, array in arrays.items()}
+        return {name: prepare(name, jax.device_put(array, device)) for name, array in arrays.items()}
 
     def _set_slot(self, i: int, layer: int, slot: int, weights: Mapping[str, jax.Array]) -> None:
         starts = first_moe_layers(self.model)

@@ -738,6 +738,8 @@ class Coordinator:
         refused, actions = self._membership.rebalance(number, goal, time.monotonic())
         if refused is not None:
             raise Unavailable(refused)
+        if not self._membership.moving:
+            return  # they hold it already
         self._moved = moved = asyncio.get_running_loop().create_future()
         self._do(actions)
         cause = await moved

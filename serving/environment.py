@@ -89,6 +89,16 @@ def engine_environment(
     return with_packages(env)
 
 
+def sharing_cores(engines: int, platform: Platform, environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` for so many engines of one machine. On a CPU each of them would compute with a thread for every core:
+    where they are more threads than cores, whoever must send waits for others that spin, or hold a lock and sleep. Of
+    three engines on 2 cores, one step in a hundred took 1.98 times the median one, with a thread each 1.68 times, and
+    the longest in 10 s 2.9 and 1.9 times."""
+    if platform != "cpu" or {"NPROC", "PJRT_NPROC"} & environ.keys():
+        return dict(environ)
+    return {**environ, "PJRT_NPROC": str(max(1, len(os.sched_getaffinity(0)) // engines))}
+
+
 def with_packages(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` with a PYTHONPATH that finds this package where the running process found it."""
     roots: list[str] = []

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from serving.access import TOKEN_VARIABLE
 from serving.child import Child
-from serving.environment import Platform, with_packages
+from serving.environment import Platform, sharing_cores, with_packages
 from serving.pipe import Pipe
 from serving.tls import Tls
 
@@ -60,7 +60,8 @@ class Launcher:
         token: what the workers show to the coordinator.
         """
         self._coordinator, self._platform, self._engine = coordinator, platform, engine
-        self._environ, self._log_dir, self._ended, self._restart = with_packages(environ), log_dir, ended, restart
+        self._environ = sharing_cores(len(hosts), platform, with_packages(environ))
+        self._log_dir, self._ended, self._restart = log_dir, ended, restart
         self._tls = tls
         if token is not None:
             self._environ = {**self._environ, TOKEN_VARIABLE: token}  # command lines are anybody's to read

@@ -1,8 +1,11 @@
 """JAX as the tests want it, set before any test module uses it: the CPU, four virtual devices, one summation order."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# One place for the programs of all clusters: what a test has compiled no other compiles again.
+os.environ.setdefault("MOE_JAX_CACHE", str(Path(__file__).parents[1] / ".cache" / "programs"))
 
 import jax
 from hypothesis import settings

@@ -15,9 +15,9 @@ import pytest
 
 from moe_jax.checkpoint import (
     CheckpointError,
+    ExpertReader,
     convert,
     load_params,
-    load_slots,
     open_checkpoint,
     param_types,
     widened,
@@ -127,7 +127,7 @@ class TestLoading:
         np.testing.assert_array_equal(down[1][1], [expected(3, 5), expected(3, 5)])
 
     @pytest.mark.parametrize("form", ["hugging_face", "serving", "dummy"])
-    def test_load_slots_gives_what_load_params_gives(self, form: str, tmp_path: Path) -> None:
+    def test_a_single_expert_is_what_load_params_gives(self, form: str, tmp_path: Path) -> None:
         path = write(tmp_path / "a", random_tensors(QWEN, BFLOAT16))
         if form == "serving":
             convert(path, tmp_path / "b")
@@ -135,11 +135,11 @@ class TestLoading:
         how: dict[str, Any] = {"load_format": "dummy"} if form == "dummy" else {}
         checkpoint = open_checkpoint(path, **how)
         params = all_experts(path, **how)
-        slots = load_slots(checkpoint, [(1, 6), (0, 2)], "float32")
-        for name, arrays in slots.items():
-            assert arrays.dtype == params["segments"][2][name].dtype
-            np.testing.assert_array_equal(arrays[0], params["segments"][2][name][0, 6])
-            np.testing.assert_array_equal(arrays[1], params["segments"][0][name][0, 2])
+        reader = ExpertReader(checkpoint, "float32")
+        for segment, layer, expert in ((2, 1, 6), (0, 0, 2)):
+            for name, array in reader.read(layer, expert).items():
+                assert array.dtype == params["segments"][segment][name].dtype
+                np.testing.assert_array_equal(array, params["segments"][segment][name][0, expert])
 
     @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -225,8 +225,8 @@ class TestFloat8:
             for name in ("experts_gate_up", "experts_down"):
                 weights, scales = np.asarray(segment[name])[0, 5], np.asarray(segment[f"{name}_scales"])[0, 5]
                 np.testing.assert_array_equal(dequantize(weights, scales), expected["segments"][i][name][0, 5])
-        for name, array in load_slots(checkpoint, [(1, 6)], "bfloat16").items():
-            np.testing.assert_array_equal(array[0], found["segments"][2][name][0, 6])
+        for name, array in ExpertReader(checkpoint, "bfloat16").read(1, 6).items():
+            np.testing.assert_array_equal(array, found["segments"][2][name][0, 6])
 
     def test_what_keeps_it_from_being_loaded(self, tmp_path: Path) -> None:
         raw = WIDE | {"quantization_config": FLOAT8}
@@ -251,8 +251,8 @@ class TestFloat8:
             assert weights.dtype == ml_dtypes.float8_e4m3fn and not weights[1].any()
             spread = dequantize(weights[0], scales[0]).astype(np.float32).std()
             assert spread == pytest.approx(np.asarray(wide["segments"][0][name], np.float32)[0, 0].std(), rel=0.03)
-        one = load_slots(checkpoint, [(1, 7)], "bfloat16")
-        np.testing.assert_array_equal(one["experts_down"][0], narrow["segments"][2]["experts_down"][0, 1])
+        one = ExpertReader(checkpoint, "bfloat16").read(1, 7)
+        np.testing.assert_array_equal(one["experts_down"], narrow["segments"][2]["experts_down"][0, 1])
 
 
 class TestDummy:
@@ -532,6 +532,7 @@ class TestCost:
         def bytes_read() -> int:
             return int(Path("/proc/self/io").read_text().split()[1])
 
+        reader = ExpertReader(checkpoint, "float32")
         before = bytes_read()
-        slot = load_slots(checkpoint, [(2, 4)], "float32")
-        assert bytes_read() - before <= 1.1 * sum(a.nbytes for a in slot.values())
+        expert = reader.read(2, 4)
+        assert bytes_read() - before <= 1.1 * sum(a.nbytes for a in expert.values())

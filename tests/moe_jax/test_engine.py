@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import reference
 
-from moe_jax.checkpoint import load_params
+from moe_jax.checkpoint import load_params, open_checkpoint
 from moe_jax.executables import Executables, Program, compilations
 from moe_jax.kernels.hopper_ffn import hopper_ffn_reference
 from moe_jax.kernels.paged_attention import paged_attention_reference
+from moe_jax.llm import model_directory
 from moe_jax.mesh import ExpertMesh
 from moe_jax.programs import ProgramStore
 from moe_jax.sampling import sample
@@ -72,7 +73,7 @@ def test_counts_the_tokens_of_each_expert(ranks: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(reference, "route", lambda *args: chosen.append(plain(*args)) or chosen[-1])
     c = engine.model
     slots = np.tile(np.arange(c.num_experts, dtype=np.int32), (c.num_moe_layers, 1))
-    params = load_params(engine.checkpoint, slots, jax.local_devices()[0], "float32")
+    params = load_params(open_checkpoint(model_directory("demo")), slots, jax.local_devices()[0], "float32")
     expected = np.zeros((c.num_moe_layers, c.num_experts), np.int64)
     for r in requests:
         chosen.clear()

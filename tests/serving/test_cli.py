@@ -348,11 +348,15 @@ def until_whole(status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         time.sleep(0.1)
 
 
+# As in test_launcher.py, so that their programs are the same.
+SMALL = ("--hosts", "2", "--max-batch", "16", "--max-prefill-rows", "32")
+
+
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ("--hosts", "2", "--max-batch", "16", "--log-dir", str(tmp_path / "logs"), "--journal", str(tmp_path))
-    with served(*argv) as (server, address), grpc.insecure_channel(address) as channel:
+    argv = ("--log-dir", str(tmp_path / "logs"), "--journal", str(tmp_path))
+    with served(*SMALL, *argv) as (server, address), grpc.insecure_channel(address) as channel:
         inference = rpc.InferenceStub(channel)
 
         def status() -> dict[str, Any]:
@@ -406,7 +410,7 @@ def test_serve_with_workers_that_are_started_elsewhere(tmp_path: Path) -> None:
     """Its coordinator is started again, too, and it lets requests finish; workers learn of its end."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         address = f"127.0.0.1:{sock.getsockname()[1]}"
-    command, given = [sys.executable, "-m", "serving.cli"], ["--address", address, "--hosts", "2", "--max-batch", "16"]
+    command, given = [sys.executable, "-m", "serving.cli"], ["--address", address, *SMALL]
     server = subprocess.Popen([*command, "serve", *given, "--workers", "none", "--journal", str(tmp_path)], cwd=ROOT)
     workers = [
         subprocess.Popen(

@@ -165,14 +165,15 @@ def test_another_while_recovering_and_another_while_joining():
     run(scenario, fake_cluster(FOUR, slots=8, replication=4, fake={"step": 0.005, "enter": 0.2, "load": 0.3}))
 
 
-def test_again_and_again():
+def test_again_and_again(monkeypatch: pytest.MonkeyPatch):
     """Orders of ranks, each good for one mesh, are used up; a new generation takes over. Nothing is left behind."""
+    monkeypatch.setattr("serving.launcher._BACKOFF", (0.1, 0.1))  # else most of the time is spent waiting for workers
 
     def held() -> tuple[int, int]:
         return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
     async def scenario(r: Running) -> None:
-        r.submit(6, 6000)
+        r.submit(6, 3000)
         before = held()
         for i in range(8):
             await r.flowing()
@@ -405,11 +406,12 @@ def test_a_coordinator_with_a_journal_goes_on_where_another_was(tmp_path):
         asyncio.run(second(journal, before))
 
 
-def test_worn_engines_are_replaced_one_by_one():
+def test_worn_engines_are_replaced_one_by_one(monkeypatch: pytest.MonkeyPatch):
     """The streams do not notice."""
+    monkeypatch.setattr("serving.recycling._LOOK", 0.1)
 
     async def scenario(r: Running) -> None:
-        r.submit(8, 3000)
+        r.submit(8, 1800)
         kill(r.engine(3), SIGKILL)  # an epoch more for the others, and another when it is back
         await r.serving(after=2)
         recycling = asyncio.create_task(recycle(r.coordinator, 2))

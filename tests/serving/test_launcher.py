@@ -31,15 +31,10 @@ SMALL: dict[str, Any] = {"max_batch": 16, "max_prefill_rows": 32}  # fewer and s
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    return os.environ.get("MOE_JAX_CACHE") or tmp_path_factory.mktemp("xla")
-
-
-@pytest.fixture(scope="module")
-def cluster(cache_dir):
+def cluster():
     """Built in a thread that has ended since, as in a server: the processes must not end with it."""
     built = []
-    thread = threading.Thread(target=lambda: built.append(LLM("demo", hosts=4, cache_dir=cache_dir, **SMALL)))
+    thread = threading.Thread(target=lambda: built.append(LLM("demo", hosts=4, **SMALL)))
     thread.start()
     thread.join()
     with built[0] as llm:
@@ -194,7 +189,7 @@ def test_nothing_is_started_for_a_bad_checkpoint(tmp_path):
     assert family(os.getpid()) == before
 
 
-def test_a_checkpoint_that_only_the_ranks_find_broken(tmp_path, cache_dir):
+def test_a_checkpoint_that_only_the_ranks_find_broken(tmp_path):
     """A router that is no number is seen when it is loaded."""
     for file in model_directory("demo").iterdir():
         if file.is_file():
@@ -208,14 +203,13 @@ def test_a_checkpoint_that_only_the_ranks_find_broken(tmp_path, cache_dir):
         file.write(b"\xff" * (stop - start))
     before = family(os.getpid())
     with pytest.raises(CheckpointError, match=r"rank \d: .*mlp.gate.weight"):
-        LLM(tmp_path, hosts=2, cache_dir=cache_dir, **SMALL)
+        LLM(tmp_path, hosts=2, **SMALL)
     assert_all_gone(family(os.getpid()) - before)
 
 
 SCRIPT = """
-import sys
 from moe_jax import LLM, SamplingParams
-llm = LLM("demo", hosts=2, cache_dir=sys.argv[1], max_batch=16, max_prefill_rows=32)
+llm = LLM("demo", hosts=2, max_batch=16, max_prefill_rows=32)
 print(*llm._backend.pids, flush=True)
 llm.generate(["The"], SamplingParams(max_tokens=4000, seed=0, ignore_eos=True))
 """
@@ -263,10 +257,10 @@ def test_scoring_goes_on(cluster, single):
     heal(cluster)
 
 
-def test_two_clusters_and_ranks_that_do_not_come_back(cluster, cache_dir):
+def test_two_clusters_and_ranks_that_do_not_come_back(cluster):
     """A second cluster beside the first loses a host for good, and then the other one: now it cannot go on."""
     before = family(os.getpid())
-    llm = LLM("demo", hosts=2, cache_dir=cache_dir, restart=False, stall_timeout=3, **SMALL)
+    llm = LLM("demo", hosts=2, restart=False, stall_timeout=3, **SMALL)
     started = family(os.getpid()) - before
     assert len(started) == 5
     params = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
@@ -289,11 +283,10 @@ def test_two_clusters_and_ranks_that_do_not_come_back(cluster, cache_dir):
     assert cluster.generate(["The"], params)[0].outputs[0].token_ids == alone
 
 
-def test_a_killed_parent_leaves_nothing(cache_dir, tmp_path):
+def test_a_killed_parent_leaves_nothing(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(cache_dir)]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
         assert parent.stdout is not None
         pids = [int(p) for p in parent.stdout.readline().split()]
