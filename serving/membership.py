@@ -826,7 +826,7 @@ class Membership:
         elif self._leaving:
             self._drain(now)
         elif joiners:
-            self._commit("join", self._members, joiners, self._with_rows_of(joiners), now)
+            self._take_in(joiners, now)
         elif self._outsiders():
             self._gather_again(f"ranks {self._outsiders()} are new", now)
         elif self._target is not None and not self._fetching:
@@ -862,6 +862,16 @@ class Membership:
             return self._gather_again(f"ranks {self._outsiders()} are new, and needed", now)
         self._tried = known
         self._say("UNSERVABLE", f"ranks {sorted(self._members)} have too few slots for all experts: waiting for more")
+
+    def _take_in(self, joiners: list[int], now: float) -> None:
+        """A rank that meets one that is alone, and has been in both orders of the two, relieves it: that one leaves as
+        in a drain, and comes back with a new engine, for which all orders are free."""
+        members, slots = self._members, self._with_rows_of(joiners)
+        if len(members) == len(joiners) == 1 and self._unused_order(members, joiners) is None:
+            alone = self.rules.repair(slots, joiners)
+            if alone is not None:
+                members, slots = [], alone
+        self._commit("join", members, joiners, slots, now)
 
     def _drain(self, now: float) -> None:
         staying = [r for r in self._members if r not in self._leaving]
@@ -933,6 +943,7 @@ class Membership:
     def _announce(self, epoch: Epoch, now: float) -> None:
         leavers = tuple(r for r in self._members if r not in epoch.order)
         self._out.append(Announce(epoch, not self._stepping and not self._fresh, leavers))
+        self._leaving.update(leavers)
         self._oldest = self.epoch.number if self._stepping and self.epoch else epoch.number
         self.epoch, self._pending, self._fresh, self._stepping = epoch, None, False, True
         self._members, self._slots, self._entering = list(epoch.order), epoch.slots, set(epoch.order)

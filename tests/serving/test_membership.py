@@ -1290,24 +1290,64 @@ def test_nobody_survives():
 
 @pytest.mark.parametrize("orders", ["any", "sorted"])
 def test_orders_run_out(orders):
-    play = Play(ranks=2, size=3, orders=orders)
-    seen = [play.epoch.order]
+    play = Play(ranks=3, size=3, orders=orders)
+    seen = []
     for _ in range(4):
         play.take()
-        play.kill(1)
+        play.kill(2)
         play.wait(0.1)
         if not play.seen(Persist):
             break
         seen.append(play.enter().order)
+        play.hello(2)
+        play.load(2)
+        assert set(play.enter().order) == {0, 1, 2}
+    if orders == "any":
+        play.hello(2)
+        assert seen == [(0, 1), (1, 0)] and play.seen(StartService) == [StartService(2, (0, 1, 2))]
+    else:
+        assert seen == [(0, 1)] * 4
+
+
+def test_who_was_in_both_orders_of_two_is_relieved():
+    play, seen = Play(ranks=2, size=3), []
+    for _ in range(4):
+        play.take()
+        play.kill(1)
+        play.wait(0.1)
+        seen.append(play.enter().order)
         play.hello(1)
         play.load(1)
-        if not play.seen(Persist)[-1:] or len(play.seen(Persist)[-1].epoch.order) < 2:
-            break
         seen.append(play.enter().order)
-    if orders == "any":
-        assert seen == [(0, 1), (0,), (1, 0), (0,)] and play.seen(StartService) == [StartService(2, (0, 1))]
-    else:
-        assert seen == [(0, 1), (0,)] * 4 + [(0, 1)]
+        if seen[-1] == (1,):
+            announced = play.seen(Announce)[-1]
+            assert announced.leavers == (0,) and not announced.shrink  # nobody's collective is aborted
+            assert [(d.rank, d.reason) for d in play.seen(Dismiss)] == [(1, "killed"), (0, "drained")]
+            play.tell("fenced", 0, play.seen(Fence)[-1].incarnation)
+            play.hello(0)
+            play.load(0)
+            seen.append(play.enter().order)
+    assert seen == [(0,), (1, 0), (0,), (1,), (1, 0), (0,), (0, 1), (0,), (1,), (1, 0)], seen
+    assert not play.seen(StartService)
+
+
+def test_who_was_to_relieve_is_lost_again():
+    play = Play(ranks=2, size=3)
+    for _ in range(2):
+        play.kill(1)
+        play.wait(0.1)
+        play.enter()
+        play.hello(1)
+        play.load(1)
+        if play.seen(Persist)[-1].epoch.order == (1, 0):
+            play.enter()
+    assert play.seen(Persist)[-1].epoch.order == (1,)
+    play.kill(1)
+    play.wait(0.1)
+    assert play.epoch.order == (0,) and (play.machine.state, play.machine.reason) == ("SERVING", "")
+    play.hello(1)
+    play.load(1)
+    assert play.enter().order == (1,) and not play.seen(StartService)
 
 
 def test_an_order_is_free_again_when_nobody_is_left_who_was_in_it():
