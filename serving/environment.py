@@ -25,7 +25,8 @@ _CUDA_FLAGS = (
     "--xla_gpu_shard_autotuning=false",  # or compiling waits for ranks that compile something else
 )
 # glibc's malloc has eight arenas a core by default, and threads that load an epoch's programs leave holes in those they
-# happen to get: in ten epochs an engine's arenas grew from 80 to 200 MiB on 2 cores, with four to 100.
+# happen to get: in ten epochs an engine's arenas grew from 80 to 200 MiB on 2 cores, with four to 100. What lies free
+# in them is given back (serving.heap).
 _ARENAS = {"MALLOC_ARENA_MAX": "4"}
 _CUDA = {
     "XLA_PYTHON_CLIENT_ABORT_COLLECTIVES_ON_FAILURE": "1",
