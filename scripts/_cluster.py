@@ -312,12 +312,14 @@ class Traffic:
         resume: bool = False,
         once: bool = False,
         ended: Callable[[Stream], None] = lambda stream: None,
+        name: str = "stream",
     ) -> None:
         """hang: seconds without a token after which a stream is given up. retry: ask again when a stream breaks, as a
         client does whose server was restarted; resume: go on where it broke. Otherwise that is an error. once: no
-        stream begins when another ends. ended: is given each stream that came to its end."""
+        stream begins when another ends. ended: is given each stream that came to its end.
+        name: of the requests; a cluster answers one that it has seen with what it gave then."""
         self._jobs, self._expected, self._width, self._hang, self._retry = jobs, expected, width, hang, retry
-        self._resume, self._once, self._ended = resume, once, ended
+        self._resume, self._once, self._ended, self._name = resume, once, ended, name
         self.resumed = 0  # times
         self._channel = grpc.aio.insecure_channel(address, options=_GRPC)
         self._stub = rpc.InferenceStub(self._channel)
@@ -381,7 +383,7 @@ class Traffic:
     async def _follow_jobs(self) -> None:
         while self._once or not self._stopping:
             number, self._number = self._number, self._number + 1
-            job, request_id = self._jobs[number % len(self._jobs)], f"stream-{number}"
+            job, request_id = self._jobs[number % len(self._jobs)], f"{self._name}-{number}"
             while await self._follow(job, request_id) and not self._stopping:
                 await asyncio.sleep(0.05)
             if self._once:

@@ -191,7 +191,9 @@ class Bench:
                 if self.clock.left < 0.7 * self.clock.limit:
                     self.say("dispatch: the rest is left out, a third of the time is over")
                     child.kill()
-        return rows[0]["memory"] if rows else None
+        if not rows:
+            raise RuntimeError(f"bench_dispatch.py ended with {child.returncode}; --only and --layers go on without it")
+        return rows[0]["memory"]
 
     def shape(self, memory: int | None) -> Shape:
         """memory: of a device."""
@@ -219,19 +221,23 @@ class Bench:
             devices = sorted({rank["device"] for rank in (await cluster.status())["ranks"]})
             found |= {"devices": devices, "compared": shape.exact}
             passes: list[list[Stream]] = []
+
+            def traffic_of(streams: list[Stream], name: str, once: bool = False) -> Traffic:
+                ended = streams.append
+                return Traffic(cluster.address, jobs, expected, args.streams, HANG, once=once, ended=ended, name=name)
+
             for number in (1, 2):
-                streams: list[Stream] = []
-                passes.append(streams)
-                traffic = Traffic(cluster.address, jobs, expected, args.streams, HANG, once=True, ended=streams.append)
+                passes.append([])
+                traffic = traffic_of(passes[-1], f"pass-{number}", once=True)
                 begun = time.monotonic()
                 traffic.start()
                 await traffic.stop()
                 rate = traffic.tally.tokens / (time.monotonic() - begun)
-                self.say(f"undisturbed pass {number}: {len(streams)} streams, {rate:.0f} tokens/s, the last alone")
+                self.say(f"undisturbed pass {number}: {len(passes[-1])} streams, {rate:.0f} tokens/s, the last alone")
             undisturbed = {stream.job: stream.tokens for stream in passes[0]}
             found["undisturbed"] = divergence(undisturbed, passes[1])
-            streams = []
-            traffic = Traffic(cluster.address, jobs, expected, args.streams, HANG, ended=streams.append)
+            streams: list[Stream] = []
+            traffic = traffic_of(streams, "stream")
             traffic.start()
             await asyncio.sleep(2.0)
             found["tokens_per_second"] = round(await traffic.rate(args.seconds), 1)
@@ -376,6 +382,8 @@ def main() -> int:
     if args.shape is None:
         on_cpu = guess_platform(os.environ.get("JAX_PLATFORMS")) == "cpu"
         args.shape = "demo" if on_cpu else "deepseek-v3"
+    if args.shape != "demo" and args.layers is None and "dispatch" not in args.only:
+        parser.error("--layers: found none, expected how many fit, which only the dispatch part could find out")
     if args.hosts < 2:
         parser.error(f"--hosts: found {args.hosts}, expected at least 2")
     begun = time.monotonic()
