@@ -61,8 +61,12 @@ class Layer:
         first, second = ffn.configs(self.groups, self.hidden, self.inner, self.rows)
         layer, padded = jnp.int32(0), padded_rows(self.rows, self.groups)
 
-        def choose(x: jax.Array, router: jax.Array) -> tuple[jax.Array, ...]:
+        def choose(x: jax.Array, router: jax.Array) -> tuple[jax.Array, jax.Array]:
             return route(self.model, router_logits(x, router), None)
+
+        def whole(x: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
+            router, gate_up, down = weights
+            return ffn.hopper_ffn(x, *choose(x, router), gate_up, down, layer)
 
         def prepare(x: jax.Array, router: jax.Array) -> tuple[Any, ...]:
             ids, weights = choose(x, router)
@@ -70,7 +74,7 @@ class Layer:
             return (place, weights, *(cut_tiles(sizes, self.rows, c.block_m) for c in (first, second)))
 
         return {
-            "layer": lambda x, w: ffn.hopper_ffn(x, *choose(x, w[0]), *w[1:], layer),
+            "layer": whole,
             "routing": prepare,
             "permute": lambda x, place: permute(x, place, padded),
             "up": lambda h, w, t: grouped_gemm(h, w, t, layer, first, True),

@@ -9,7 +9,7 @@ Online softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867); split contexts: 
 import math
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,17 @@ class Queries:
     seen: jax.Array  # positions before it are in the cache and seen by all of the item; 0 for an item of no use
     first: jax.Array  # the sequence's first row in this step
     row: jax.Array  # the item's first row in this step; token t also sees rows first to row + t - 1
+
+
+class _Span(NamedTuple):
+    """What a warpgroup visits."""
+
+    head: jax.Array
+    part: jax.Array
+    begin: jax.Array  # first page of the part
+    old: jax.Array  # pages of the cache
+    total: jax.Array  # and of this step
+    real: jax.Array  # false for the last block's second warpgroup where units are odd
 
 
 Mode = Literal["parts", "rows", "values"]
@@ -133,8 +144,7 @@ def paged_attention(
         first_new = lax.div(first, PAGE)
         block = lax.rem(lax.div(lax.axis_index("unit"), splits), blocks)
 
-        def span(w: Any) -> tuple[jax.Array, ...]:
-            """Head, part, first page, pages of the cache, and all pages that a warpgroup visits."""
+        def span(w: Any) -> _Span:
             unit = lax.axis_index("unit") * streams + (w if apart else 0)
             part, head = lax.rem(unit, splits), lax.div(unit, splits * blocks)
             begin = part * per
@@ -143,8 +153,8 @@ def paged_attention(
             if nk_g is not None:
                 fresh = jnp.maximum(lax.div(row + tokens - 1 + PAGE - 1, PAGE) - first_new, 0)
                 total = old + jnp.where(part == splits - 1, fresh, 0)
-            real = head < kv_heads  # with an odd number of units, the last block has one only
-            return jnp.minimum(head, kv_heads - 1), part, begin, old, jnp.where(real, total, 0), real
+            real = head < kv_heads
+            return _Span(jnp.minimum(head, kv_heads - 1), part, begin, old, jnp.where(real, total, 0), real)
 
         def bring(source_k: Any, source_v: Any, base: jax.Array, slot: jax.Array) -> None:
             for c in range(0, key_dim, 256):
@@ -163,40 +173,40 @@ def paged_attention(
             for w in range(room):
                 rows_at = pl.ds((block * per_block + (w if mode == "rows" else 0)) * height, height)
                 for j in range(key_dim // 64):
-                    from_ = q_g.at[item, spans[w % streams][0], rows_at, pl.ds(j * 64, 64)]
+                    from_ = q_g.at[item, spans[w % streams].head, rows_at, pl.ds(j * 64, 64)]
                     plgpu.copy_gmem_to_smem(from_, q_s.at[w, j, pl.ds(0, height)], q_full)
 
             def pages_of(i: Any) -> tuple[jax.Array, ...]:
-                return tuple(table_g[entry, jnp.minimum(s[2] + i, tables.shape[1] - 1)] for s in spans)
+                return tuple(table_g[entry, jnp.minimum(s.begin + i, tables.shape[1] - 1)] for s in spans)
 
             def per_page(i: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 ahead = pages_of(i + 1)
-                for w, ((head, _, _, old, total, _), page) in enumerate(zip(spans, now, strict=True)):
+                for w, (mine, page) in enumerate(zip(spans, now, strict=True)):
                     slot = w * depth + lax.rem(i, depth)
 
-                    @pl.when((i >= depth) & (i < total))
+                    @pl.when((i >= depth) & (i < mine.total))
                     def _(slot: jax.Array = slot) -> None:
                         plgpu.barrier_wait(empty.at[slot])
 
-                    @pl.when(i < jnp.minimum(old, total))
-                    def _(head: jax.Array = head, page: jax.Array = page, slot: jax.Array = slot) -> None:
-                        bring(k_g, v_g, (layer * pages + page) * kv_heads + head, slot)
+                    @pl.when(i < jnp.minimum(mine.old, mine.total))
+                    def _(mine: _Span = mine, page: jax.Array = page, slot: jax.Array = slot) -> None:
+                        bring(k_g, v_g, (layer * pages + page) * kv_heads + mine.head, slot)
 
                     if nk_g is not None:
 
-                        @pl.when((i >= old) & (i < total))
-                        def _(head: jax.Array = head, old: jax.Array = old, slot: jax.Array = slot) -> None:
-                            bring(nk_g, nv_g, (first_new + i - old) * kv_heads + head, slot)
+                        @pl.when((i >= mine.old) & (i < mine.total))
+                        def _(mine: _Span = mine, slot: jax.Array = slot) -> None:
+                            bring(nk_g, nv_g, (first_new + i - mine.old) * kv_heads + mine.head, slot)
 
                 return ahead
 
-            lax.fori_loop(0, reduce(jnp.maximum, [s[4] for s in spans]), per_page, pages_of(0))
+            lax.fori_loop(0, reduce(jnp.maximum, [s.total for s in spans]), per_page, pages_of(0))
 
             def drain(j: jax.Array, _: None) -> None:
-                for w, (_, _, _, _, total, _) in enumerate(spans):
+                for w, mine in enumerate(spans):
 
-                    @pl.when(total > j)
-                    def _(w: int = w, total: jax.Array = total) -> None:
+                    @pl.when(mine.total > j)
+                    def _(w: int = w, total: jax.Array = mine.total) -> None:
                         plgpu.barrier_wait(empty.at[w * depth + lax.rem(total - 1 - j, depth)])
 
             lax.fori_loop(0, depth, drain, None)
