@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moe_jax.request import Request, SamplingParams, TokenEvent
 from serving import channel as channel_module
 from serving.channel import Channel, ChannelClosed, Decoder, Message, encode
-from serving.environment import compilation_cache, engine_environment, guess_platform
+from serving.environment import compilation_cache, engine_environment, guess_platform, sharing_cores
 from serving.messages import pack_event, pack_request, unpack_event, unpack_request
 
 BODIES = st.dictionaries(st.text(), st.integers() | st.text() | st.none() | st.lists(st.floats(allow_nan=False)))
@@ -105,6 +105,15 @@ def test_environment_of_an_engine():
         engine_environment(2, "cuda", {"CUDA_VISIBLE_DEVICES": "0,1"})
     shared = engine_environment(2, "cuda", {"CUDA_VISIBLE_DEVICES": "1", "MOE_JAX_SHARE_GPU": "1"})
     assert shared["CUDA_VISIBLE_DEVICES"] == "1" and shared["NCCL_HOSTID"] == "host2"
+
+
+def test_engines_of_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    assert sharing_cores(6, "cpu", {"HOME": "/h"}) == {"HOME": "/h", "PJRT_NPROC": "2"}
+    assert sharing_cores(1, "cpu", {})["PJRT_NPROC"] == "16" and sharing_cores(40, "cpu", {})["PJRT_NPROC"] == "1"
+    for name in ("NPROC", "PJRT_NPROC"):  # somebody has decided
+        assert sharing_cores(6, "cpu", {name: "3"}) == {name: "3"}
+    assert sharing_cores(6, "cuda", {}) == {}
 
 
 def test_platform_and_cache_directory(tmp_path):

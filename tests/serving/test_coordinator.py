@@ -448,6 +448,9 @@ def test_idle_engines_are_left_alone():
         assert all(a["steps"] == 0 for a in (await r.coordinator.ask({"type": "status"})).values())
         assert r.status()["recoveries"][0]["pause_ms"] is None
         assert len(os.listdir("/proc/self/fd")) < 100
+        serving = r.coordinator.placement
+        await asyncio.wait_for(r.coordinator.move(serving.number, serving.slots), 5)  # nothing is to move
+        assert r.coordinator.placement is serving
 
     run(scenario, fake_cluster(FOUR))
 
