@@ -64,7 +64,9 @@ def static_rank(rank: int, order: dict[str, Any]) -> None:
     from moe_jax.mesh import ExpertMesh
     from moe_jax.programs import ProgramStore
     from moe_jax.request import Request, SamplingParams
+    from serving.engine_process import yield_seldom
 
+    yield_seldom()
     checkpoint = open_checkpoint(order["model"], order["load_format"])
     engine_config = EngineConfig(**order["config"])
     ranks, model = engine_config.ranks, checkpoint.config
@@ -99,13 +101,14 @@ time.sleep(600)
 
 def run_static(order: dict[str, Any]) -> float:
     """The slowest rank's step, in milliseconds; ranks step together."""
-    from serving.environment import engine_environment, guess_platform
+    from serving.environment import engine_environment, guess_platform, sharing_cores
     from serving.jax_service import reserve_port
 
-    def environ(rank: int) -> dict[str, str]:
-        return engine_environment(rank, guess_platform(os.environ.get("JAX_PLATFORMS")), os.environ)
+    ranks, platform = order["config"]["ranks"], guess_platform(os.environ.get("JAX_PLATFORMS"))
 
-    ranks = order["config"]["ranks"]
+    def environ(rank: int) -> dict[str, str]:
+        return sharing_cores(ranks, platform, engine_environment(rank, platform, os.environ))
+
     reserved, port = reserve_port("127.0.0.1")
     order = order | {"address": f"127.0.0.1:{port}"}
     code = _SERVICE.format(address=order["address"], ranks=ranks)

@@ -64,7 +64,7 @@ def serve(rank: int, channel: Channel, inbox: Inbox) -> None:
     loop.run(inbox)
 
 
-def _yield_seldom() -> None:
+def yield_seldom() -> None:
     """On a CPU: a thread that wakes up waits until the one that runs has used its share. Engines that have more threads
     than cores send each other hundreds of small messages a step, and would otherwise interrupt each other at each,
     often while one holds the lock that the other then spins for (gloo/transport/tcp/pair.cc, handleEvents). Of three
@@ -75,7 +75,7 @@ def _yield_seldom() -> None:
 
 
 def main() -> None:
-    _yield_seldom()
+    yield_seldom()
     channel = Channel.inherited(int(sys.argv[2]))
     inbox = Inbox(channel)  # before anything slow is imported: from here on this process ends with its parent
     try:
