@@ -68,7 +68,7 @@ def yield_seldom() -> None:
     """On a CPU: a thread that wakes up waits until the one that runs has used its share. Engines that have more threads
     than cores send each other hundreds of small messages a step, and would otherwise interrupt each other at each,
     often while one holds the lock that the other then spins for (gloo/transport/tcp/pair.cc, handleEvents). Of three
-    engines on 2 cores a step took 24 to 28 ms in the median, and takes 14 to 16 (2026-11-23, jax 0.10.2)."""
+    engines on 2 cores a step took 27 ms, and takes 16 (scripts/bench_rebalance.py, 2026-11-23, jax 0.10.2)."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         with contextlib.suppress(OSError):  # a sandbox may refuse it
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # threads that are started inherit it

@@ -92,8 +92,7 @@ def engine_environment(
 
 def sharing_cores(engines: int, platform: Platform, environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` for so many engines of one machine. On a CPU each of them would compute with a thread for every core,
-    and idle ones spin for a while. Of three engines on 2 cores the hundredth slowest step took 49 ms in the median of
-    three runs of 10 s, and with a thread each 45 (2026-11-23, jax 0.10.2)."""
+    and idle ones spin for a while."""
     if platform != "cpu" or {"NPROC", "PJRT_NPROC"} & environ.keys():
         return dict(environ)
     return {**environ, "PJRT_NPROC": str(max(1, len(os.sched_getaffinity(0)) // engines))}

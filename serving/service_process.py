@@ -80,7 +80,7 @@ class ServiceProcess:
     def open(self) -> bool:
         return self._pipe.open
 
-    def fence(self, node: int, after: float = 0.0) -> None:
+    def fence(self, node: int, after: float) -> None:
         """Shut node `node`'s process out, whatever it is doing, in `after` seconds. Answered by service_fenced."""
         self._ask({"type": "fence", "node": node, "after": after})
 

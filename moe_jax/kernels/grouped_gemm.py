@@ -383,9 +383,8 @@ def grouped_gemm(
                         ) -> None:
                             y = found[p][:, at : at + some]
                             if activate:
-                                r = lax.rsqrt(
-                                    1 + jnp.exp(-y)
-                                )  # a quotient would be IEEE's, which takes ten times as long
+                                # A quotient would be IEEE's, which takes ten times as long.
+                                r = lax.rsqrt(1 + jnp.exp(-y))
                                 y = y * r * r * found[1][:, at : at + some]
                             ys.at[wg, buffer, pl.ds(at, some)].T[...] = y.astype(dtype)
                             plgpu.commit_smem()

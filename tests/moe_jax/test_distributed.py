@@ -8,6 +8,7 @@ import itertools
 import os
 import queue
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -192,6 +193,38 @@ def test_nobody_is_left_behind(when: str) -> None:
             one.process.kill()
             one.process.wait()
     assert service is not None
+
+
+def test_ring_until_nobody_is_left():
+    """The sockets that are named, and no others, are called as long as they are open."""
+    with socket.create_server(("127.0.0.1", 0)) as spared:
+        before = distributed.open_sockets().keys()
+        with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
+            unix.bind("")  # a name of the kernel's choice
+            doomed = distributed.open_sockets().keys() - before
+            assert len(doomed) == 2 and distributed.ring(doomed)
+            tcp.settimeout(5)
+            unix.settimeout(5)
+            tcp.accept()[0].close()
+            assert unix.recv(64)
+        assert not distributed.ring(doomed)
+        spared.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            spared.accept()
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("INTERNAL: CUDA error: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered", True),
+        ("RESOURCE_EXHAUSTED: CUDA_ERROR_OUT_OF_MEMORY: out of memory", False),
+        ("FAILED_PRECONDITION: Incarnation id 5516166712865839189 is stale", False),
+    ],
+)
+def test_device_is_lost(text: str, lost: bool):
+    from jax.errors import JaxRuntimeError
+
+    assert distributed.device_is_lost(JaxRuntimeError(text)) == lost
 
 
 if __name__ == "__main__" and sys.argv[1:]:
