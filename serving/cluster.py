@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, combinations
 from pathlib import Path
@@ -159,8 +159,9 @@ def make_cluster(
         "cache": None if cache is None else str(cache),
         "timeout": startup_timeout,
     }
-    cluster = Cluster(rules, Limits.of(config), model.num_experts, start, repairs, rebalance, policy)
-    return (cluster if platform == "cpu" else replace(cluster, fence_after=_HANDED_OVER)), model, config
+    after = 0.0 if platform == "cpu" else _HANDED_OVER
+    rest = start, repairs, rebalance, policy
+    return Cluster(rules, Limits.of(config), model.num_experts, *rest, fence_after=after), model, config
 
 
 def keep_in_place(held: Slots, wanted: Slots) -> Slots:
