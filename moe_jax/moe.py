@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from moe_jax.config import ModelConfig
@@ -67,15 +68,30 @@ def count_choices(counts: jax.Array, ids: jax.Array) -> jax.Array:
     return counts + (ids.reshape(len(ids), 1, -1) == experts[:, None]).sum(-1, dtype=counts.dtype)
 
 
+def _from_words(words: jax.Array, like: jax.Array) -> jax.Array:
+    """[M, ...] of the type and the trailing shape of `like`, of words [M, n] that hold its bits."""
+    each = like.dtype.itemsize // words.dtype.itemsize
+    shape = (len(words), *like.shape[1:], *([each] if each > 1 else []))
+    return lax.bitcast_convert_type(words.reshape(shape), like.dtype)
+
+
 @dataclass(frozen=True)
 class Dispatch:
     """All-gather and reduce-scatter over the mesh axis. `ranks` is the size of the axis."""
 
     ranks: int
 
-    def gather(self, x: jax.Array) -> jax.Array:
-        """[T, ...] of this rank -> [ranks * T, ...]."""
-        return lax.all_gather(x, AXIS, tiled=True) if self.ranks > 1 else x
+    def gather(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """Each [T, ...] of this rank -> [ranks * T, ...]. By one collective: besides its launch each costs time when a
+        rank is lost, for those in the queue wait in vain one after the other before they see that they are aborted."""
+        if self.ranks == 1:
+            return arrays
+        word = jnp.dtype(f"uint{8 * min(a.dtype.itemsize for a in arrays)}")
+        words = [lax.bitcast_convert_type(a, word).reshape(len(a), -1) for a in arrays]
+        gathered = lax.all_gather(jnp.concatenate(words, axis=1), AXIS, tiled=True)
+        ends = np.cumsum([w.shape[1] for w in words])[:-1].tolist()
+        parts = jnp.split(gathered, ends, axis=1)
+        return tuple(_from_words(part, a) for part, a in zip(parts, arrays, strict=True))
 
     def reduce(self, y: jax.Array) -> jax.Array:
         """The sum over ranks of [ranks * T, ...], this rank's [T, ...]."""
@@ -123,12 +139,7 @@ def moe(
     hopper: by `hopper_ffn` in place of `ffn`, gate_up and down, and the scales of 8-bit ones, being in its layout.
     """
     slots = gate_up.shape[1]
-    if x.dtype == jnp.float32:  # one collective instead of three; ids are exact in float32
-        packed = dispatch.gather(jnp.concatenate([x, weights, ids.astype(x.dtype)], axis=1))
-        everyone, all_weights, all_ids = jnp.split(packed, [x.shape[1], x.shape[1] + ids.shape[1]], axis=1)
-        all_ids = all_ids.astype(jnp.int32)
-    else:
-        everyone, all_weights, all_ids = (dispatch.gather(a) for a in (x, weights, ids))
+    everyone, all_weights, all_ids = dispatch.gather(x, weights, ids)
     first = (lax.axis_index(AXIS) if dispatch.ranks > 1 else 0) * slots
     slot = choose_slots(all_ids, table, spread) - first
     slot = jnp.where((slot >= 0) & (slot < slots), slot, -1)

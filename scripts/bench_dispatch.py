@@ -56,7 +56,7 @@ def serve(x: jax.Array, ids: jax.Array, weights: jax.Array, factors: jax.Array, 
 def by_gathering(x: jax.Array, ids: jax.Array, weights: jax.Array, factors: jax.Array, ranks: int) -> jax.Array:
     """[T, H] of this rank -> the sum of each row's experts, [T, H]. factors: of this rank's experts."""
     dispatch = Dispatch(ranks)
-    everyone, all_ids, all_weights = (dispatch.gather(a) for a in (x, ids, weights))
+    everyone, all_ids, all_weights = dispatch.gather(x, ids, weights)
     return dispatch.reduce(serve(everyone, all_ids, all_weights, factors, lax.axis_index(AXIS) * factors.shape[0]))
 
 

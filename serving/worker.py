@@ -55,6 +55,9 @@ GRPC_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # of the environment, meant for other things
 )
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # what `read` gives at the end of a stream
+# Seconds. While a driver takes a dead process's memory back, 0.3 s for 60 GB, other processes of the machine wait for
+# their GPUs, survivors among them. An engine that is stopped may stay until these go on.
+_SURVIVORS_FIRST = 1.0
 _LOOK = 0.1  # seconds between two looks at the engine and the parent
 _RETRY = (0.05, 0.5)  # seconds: the first and the longest pause between two tries to reach the coordinator
 _LONGER = 1.25  # times, from one pause to the next: they stay about a fifth of the time it has been away
@@ -104,6 +107,10 @@ class Supervisor:
             for task in tasks:
                 if task.done():
                     task.result()  # raises what ended it
+            for task in tasks:
+                task.cancel()
+            if self.options.platform == "cuda" and self._engine is not None and self._engine.stopped:
+                await asyncio.sleep(_SURVIVORS_FIRST)
             return self.exit_code.result()
         finally:
             self._end_engine()
