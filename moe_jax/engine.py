@@ -132,6 +132,7 @@ class Engine:
         self._flights: deque[_Flight] = deque()  # oldest first; two at most, and one unless all ranks are here
         none = np.zeros((1, config.max_batch), np.int32)
         self._none = self.own.shards(self.own.put([none] * len(devices), SHARDED))  # for a step that follows no other
+        self.handed_over = 0  # programs of the mesh, to its devices
         self._tries = 0  # steps of this epoch, failed ones too; all its ranks count alike
         self.logits: dict[tuple[str, int], np.ndarray] = {}  # (request id, position) -> [V], with return_logits
 
@@ -180,7 +181,9 @@ class Engine:
         steps, for a device runs its programs in order. Raises JaxRuntimeError if one of them is lost."""
         connect = self.programs.load(self.programs.connection(mesh.size), mesh.devices)
         ones = mesh.put([np.ones(1, np.int32) for _ in mesh.local], SHARDED)
-        for (total,) in connect([ones]):
+        totals = connect([ones])
+        self.handed_over += 1
+        for (total,) in totals:
             if int(np.asarray(total)[0]) != mesh.size:
                 raise jax.errors.JaxRuntimeError(f"epoch {self.epoch}: a collective was aborted")
 
@@ -358,6 +361,7 @@ class Engine:
         cache = [self._label(mesh, array) for array in self.cache.values()]
         step = self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
         out, tokens, *rest = step([*self.fixed, *cache, mesh.assemble(last, SHARDED), batch])
+        self.handed_over += 1
         return out, tokens, rest[: len(cache) + 1], rest[len(cache) + 1 :]
 
     def finish(self) -> list[TokenEvent]:

@@ -25,9 +25,7 @@ from serving.rebalancing import Policy
 _KEPT = 64 << 20  # bytes of repairs at hand
 # What a rank puts in place between two steps, beside serving: some milliseconds of copying, and of dispatching.
 _PART_BYTES, _PART_SLOTS = 64 << 20, 16
-# Seconds in which an engine hands a step to its GPU. XLA's abort, which the fence begins, destroys a communicator; if a
-# step that uses it is still being handed over then, the engine may crash (`lockable.h: is_unlocked_`, jax 0.11.2).
-_HANDED_OVER = 0.02
+_HALT = 0.1  # seconds, see Cluster.halt_s
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Cluster:
     service: str = "serving.jax_service"  # modules; tests have others
     engine: str = "serving.engine_process"
     service_host: str = "127.0.0.1"  # of this machine, as engines on others can reach it
-    fence_after: float = 0.0  # seconds between the evidence and the fence, see `make_cluster`
+    halt_s: float = 0.0  # that the fence of a lost rank waits for the survivors, see serving.fences
     max_tokens: int = 1 << 22  # of the prompts and outputs of all requests that are open
     max_wait: float = 10.0  # seconds that a new one may have to wait for its turn, as far as can be said
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
@@ -159,9 +157,9 @@ def make_cluster(
         "cache": None if cache is None else str(cache),
         "timeout": startup_timeout,
     }
-    after = 0.0 if platform == "cpu" else _HANDED_OVER
+    halt_s = 0.0 if platform == "cpu" else _HALT
     rest = start, repairs, rebalance, policy
-    return Cluster(rules, Limits.of(config), model.num_experts, *rest, fence_after=after), model, config
+    return Cluster(rules, Limits.of(config), model.num_experts, *rest, halt_s=halt_s), model, config
 
 
 def keep_in_place(held: Slots, wanted: Slots) -> Slots:

@@ -26,6 +26,7 @@ from serving.admission import Owner
 from serving.channel import MAX_MESSAGE, Message, encode
 from serving.cluster import Cluster, sizes_after
 from serving.drains import Drains
+from serving.fences import Fences
 from serving.frame_server import FrameServer
 from serving.journal import Journal
 from serving.ledger import Entry, Place
@@ -124,7 +125,7 @@ class Coordinator:
         self._current: dict[int, WorkerStream] = {}  # the last that registered, by rank
         self._services: dict[int, ServiceProcess] = {}  # by generation
         self._nodes: dict[int, tuple[int, ...]] = {}
-        self._fences: dict[tuple[int, int], deque[tuple[int, int]]] = {}  # (generation, node): (rank, incarnation)
+        self._fences = Fences(cluster.halt_s)
         self._epochs: dict[int, int] = {}  # incarnation: in how many it has been, of the current members
         self._moved: asyncio.Future[str] | None = None  # the cause of the epoch that serves when no more is to move
         self.rebalancing = Rebalancing(self, cluster.policy)
@@ -366,6 +367,8 @@ class Coordinator:
                     stream.compiled = body.get("compiled", stream.compiled)
                     self._recoveries.entered(body["epoch"], body["ms"])
                     self._do(self._membership.entered(rank, incarnation, body["epoch"], time.monotonic()))
+                case "halted":
+                    self._fences.halted(incarnation)
                 case "failed":
                     log.warning("rank %d: epoch %d: %s", rank, body["epoch"], body["message"])
                     self._do(self._membership.failed(rank, incarnation, body["epoch"], time.monotonic()))
@@ -390,10 +393,7 @@ class Coordinator:
         self._do(self._membership.service_up(service.generation, time.monotonic()))
 
     def service_fenced(self, service: ServiceProcess, node: int) -> None:
-        waiting = self._fences[service.generation, node]  # the service answers in the order it was asked
-        rank, incarnation = waiting.popleft()
-        if not waiting:
-            del self._fences[service.generation, node]
+        rank, incarnation = self._fences.answered(service.generation, node)
         self._do(self._membership.fenced(rank, incarnation, time.monotonic()))
 
     def service_failed(self, service: ServiceProcess, reason: str) -> None:
@@ -489,6 +489,7 @@ class Coordinator:
                 self._carry_out(self._actions.popleft())
         finally:
             self._acting = False
+        self._fences.release()
         self._plan_tick()
 
     def _keep_numbers(self) -> None:
@@ -511,6 +512,7 @@ class Coordinator:
                 frame = encode({"type": "abort", "epoch": epoch, "survivors": survivors})
                 for incarnation in incarnations:
                     self._send(incarnation, frame)
+                self._fences.aborted(incarnations)
             case m.Dismiss(rank, incarnation, reason):
                 self._dismiss(rank, incarnation, reason)
             case m.Persist(epoch):
@@ -536,7 +538,7 @@ class Coordinator:
                 self._start_service(generation, nodes)
             case m.StopService(generation):
                 self._nodes.pop(generation, None)
-                self._fences = {key: waiting for key, waiting in self._fences.items() if key[0] != generation}
+                self._fences.forget(generation)
                 if service := self._services.pop(generation, None):
                     service.close()
             case m.StartEngine():
@@ -570,8 +572,7 @@ class Coordinator:
         self._put("lost", self._lost)
         self._recoveries.fence(now if stream is None else stream.ill_since or stream.heard, now)
         if service is not None:
-            self._fences.setdefault((generation, node), deque()).append((rank, incarnation))
-            service.fence(node, self.cluster.fence_after)
+            self._fences.add(service, node, rank, incarnation)
 
     def _dismiss(self, rank: int, incarnation: int, reason: str) -> None:
         self.router.lost(rank, incarnation)

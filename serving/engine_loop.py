@@ -1,9 +1,9 @@
 """What an engine process does once its engine is built: obey the commands that have arrived, enter the epochs that are
 announced, and unless parked take a step with the other ranks.
 
-Commands: epoch, abort, prefetch, add, cancel, bell, score, status, loads, adopt. Answers: arrived, entered, failed,
-prepared, prefetched, events, score, status, loads, adopted. Everything it has to say leaves through one function, so a
-test can stand in for the process.
+Commands: epoch, abort, prefetch, add, cancel, bell, score, status, loads, adopt. Answers: arrived, entered, halted,
+failed, prepared, prefetched, events, score, status, loads, adopted. Everything it has to say leaves through one
+function, so a test can stand in for the process.
 
 `adopt` comes from a coordinator that follows another one: drop all requests, and say which epoch this engine is in. It
 is answered in the inbox's thread, for the main one may wait for ranks that are no more.
@@ -58,6 +58,7 @@ _SHIELD_EVERY = 0.005  # seconds, while sockets may be opening
 _BARRIER = 60.0  # seconds; the coordinator gives up on this rank before that
 _PREPARE_AFTER = 1.0  # seconds after a loss: until then the steps that make up for it have the machine
 _TICK = 0.002
+_SOON = 0.0005
 _CONNECTED = 8  # communicators built ahead in an epoch: each takes memory on the device
 
 
@@ -77,6 +78,7 @@ class EngineLoop:
         self._epoch: dict[str, Any] | None = None  # announced, and not yet entered
         self._aborted = 0  # epochs up to this one are over
         self._inside = 0  # the epoch in whose collectives the main thread is
+        self._handed = 0  # what the engine had handed over when the main thread went inside
         self._gate = threading.Lock()  # held to change `_inside`, and to cut what is inside
         self._cut = 0.0  # when a cut was asked for
         self._unconnected: deque[ExpertMesh] = deque()  # meshes that a loss would leave, without a communicator yet
@@ -157,16 +159,24 @@ class EngineLoop:
         """In the inbox's thread, as soon as a message has arrived."""
         if message.body["type"] == "abort":
             self._cut = time.monotonic()
-            self._aborted = max(self._aborted, message.body["epoch"])
+            with self._gate:
+                self._aborted = max(self._aborted, message.body["epoch"])
             spared = self._spared(set(message.body["survivors"]))
             threading.Thread(target=self._cut_until_outside, args=(spared,), name="cut", daemon=True).start()
             if self.engine.programs.connects_ahead:
+                threading.Thread(target=self._halt, args=(message.body["epoch"],), name="halt", daemon=True).start()
                 doomed = open_sockets().keys() - spared
                 threading.Thread(target=self._ring_until_gone, args=(doomed,), name="ring", daemon=True).start()
         elif message.body["type"] == "adopt":
             engine = self.engine
             epoch = 0 if engine.mesh is None else engine.epoch
             self._send({"type": "adopted", "epoch": epoch, "bells": engine.bells_heard, **self.about()})
+
+    def _halt(self, epoch: int) -> None:
+        """Say when nothing is handed to the device any more that uses a communicator of this epoch."""
+        while 0 < self._inside <= epoch and self._handed == self.engine.handed_over:
+            time.sleep(_SOON)
+        self._send({"type": "halted", "epoch": epoch})
 
     def _cut_until_outside(self, spared: set[str]) -> None:
         for attempt in range(int(_CUT_FOR / _CUT_EVERY)):
@@ -222,7 +232,7 @@ class EngineLoop:
         with self._gate:
             if epoch <= self._aborted:
                 raise Aborted(f"epoch {epoch} is over")
-            self._inside = epoch
+            self._inside, self._handed = epoch, self.engine.handed_over
         try:
             yield
         finally:

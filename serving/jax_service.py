@@ -2,8 +2,8 @@
 
 It holds no device, so that no rank's death takes the service along. It says its address on the channel FD and obeys:
 
-    fence {node, after}   shut a node's present incarnation out in `after` seconds; answer fenced {node}
-    forget {}             before node 0 starts again; answer forgot
+    fence {node}   shut a node's present incarnation out; answer fenced {node}
+    forget {}      before node 0 starts again; answer forgot
 
 When the channel is closed it ends, or with the process that started it. With a NAME it first waits for another
 coordinator to connect to the abstract Unix socket of that name, and obeys that one (serving.takeover).
@@ -17,7 +17,6 @@ import select
 import socket
 import struct
 import sys
-import time
 from typing import Any
 
 from serving.channel import Channel, ChannelClosed, Message
@@ -96,7 +95,6 @@ def main() -> None:
             match message.body["type"]:
                 case "fence":
                     node = message.body["node"]
-                    time.sleep(message.body["after"])
                     ghosts[node] = fence(address, node)
                     coordinators.send({"type": "fenced", "node": node})
                 case "forget":

@@ -80,9 +80,9 @@ class ServiceProcess:
     def open(self) -> bool:
         return self._pipe.open
 
-    def fence(self, node: int, after: float) -> None:
-        """Shut node `node`'s process out, whatever it is doing, in `after` seconds. Answered by service_fenced."""
-        self._ask({"type": "fence", "node": node, "after": after})
+    def fence(self, node: int) -> None:
+        """Shut node `node`'s process out, whatever it is doing. Answered by service_fenced."""
+        self._ask({"type": "fence", "node": node})
 
     def forget(self) -> None:
         """Node 0 is about to start again. Takes effect before anything that is asked for later."""

@@ -3,7 +3,8 @@
 
 An engine's token is a function of (seed, index). How it behaves is said in the `start` command's config, under "fake":
 
-    step, join, load, enter   seconds that each takes
+    step, join, load, enter, halt   seconds that each takes
+    busy                      this rank never says that it has halted
     error                     {"rank", "kind", "message"}: this rank says so instead of joining
     die                       {"rank", "at"}: this rank kills itself at "start", "joined" or "ready"
     deaf                      {"rank", "epoch"}: this rank never enters this epoch
@@ -68,6 +69,9 @@ class FakeEngine:
                 self.start(body)
             case "abort":
                 self.aborted = max(self.aborted, body["epoch"])
+                if self.rank != self.fake.get("busy"):
+                    time.sleep(self.fake.get("halt", 0.0))
+                    self.send({"type": "halted", "epoch": self.aborted})
             case "epoch":
                 self.enter(body)
             case "add":

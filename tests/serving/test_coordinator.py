@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from signal import SIGCONT, SIGKILL, SIGSTOP, SIGTERM
 from typing import Any
@@ -116,6 +117,23 @@ def test_continued_too_late(which):
         assert r.live() == [0, 2, 3]
 
     run(scenario, fake_cluster(FOUR, fake={"step": 0.005}), restart=False)
+
+
+@pytest.mark.parametrize(("fake", "patience", "least"), [({"halt": 0.2}, 60.0, 0.2), ({"busy": 3}, 0.3, 0.3)])
+def test_survivors_halt_before_the_fence(fake, patience, least):
+    """As on GPUs: a lost rank is fenced when all others have halted, or after a while."""
+
+    async def scenario(r: Running) -> None:
+        r.submit(8, 400)
+        await r.flowing()
+        epoch = r.status()["epoch"]
+        kill(r.engine(1), SIGKILL)
+        await r.serving(after=epoch)
+        assert r.status()["recoveries"][0]["fence_ms"] >= 1e3 * least - 1
+        await r.flowing()
+
+    cluster = fake_cluster(FOUR, fake={"step": 0.005, **fake}, fence_timeout_s=70.0)
+    run(scenario, replace(cluster, halt_s=patience))
 
 
 # More than one
