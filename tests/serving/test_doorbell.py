@@ -5,7 +5,9 @@ level wished and the fewest bells and the oldest epoch heard of. When messages a
 random.
 """
 
+import queue
 import random
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from moe_jax.engine import Engine
 from moe_jax.request import Request, SamplingParams
 from serving.channel import Message
-from serving.engine_loop import EngineLoop
+from serving.engine_loop import Aborted, EngineLoop
 from serving.messages import pack_request
 
 PREFILL, DECODE = 2, 1
@@ -176,3 +178,22 @@ def test_the_simulation_finds_a_wrong_rule():
     with pytest.raises(AssertionError):
         for seed in range(300):
             World(4, random.Random(seed), answered=max).run([1, 1, 0, 1, 1])
+
+
+def test_halted_when_the_step_is_handed_over():
+    """An engine that has heard of an abort says when nothing is on its way to the device any more, and begins nothing."""
+    said, engine = queue.Queue(), SimpleNamespace(handed_over=0)
+    loop: Any = EngineLoop(engine, None, "", 0, said.put)  # type: ignore[arg-type]
+    with loop._collective(7):
+        halting = threading.Thread(target=loop._halt, args=(7,))
+        halting.start()
+        with pytest.raises(queue.Empty):
+            said.get(timeout=0.05)
+        engine.handed_over += 1
+        assert said.get(timeout=10) == {"type": "halted", "epoch": 7}  # though it waits for the others still
+    halting.join()
+    loop._halt(7)
+    assert said.get_nowait()["type"] == "halted"  # it was outside
+    loop._aborted = 7
+    with pytest.raises(Aborted), loop._collective(7):
+        pass
