@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import jax
@@ -164,19 +165,13 @@ class EngineLoop:
             spared = self._spared(set(message.body["survivors"]))
             threading.Thread(target=self._cut_until_outside, args=(spared,), name="cut", daemon=True).start()
             if self.engine.programs.connects_ahead:
-                threading.Thread(target=self._halt, args=(message.body["epoch"],), name="halt", daemon=True).start()
                 doomed = open_sockets().keys() - spared
-                threading.Thread(target=self._ring_until_gone, args=(doomed,), name="ring", daemon=True).start()
+                halt = partial(self._halt, message.body["epoch"], doomed)
+                threading.Thread(target=halt, name="halt", daemon=True).start()
         elif message.body["type"] == "adopt":
             engine = self.engine
             epoch = 0 if engine.mesh is None else engine.epoch
             self._send({"type": "adopted", "epoch": epoch, "bells": engine.bells_heard, **self.about()})
-
-    def _halt(self, epoch: int) -> None:
-        """Say when nothing is handed to the device any more that uses a communicator of this epoch."""
-        while 0 < self._inside <= epoch and self._handed == self.engine.handed_over:
-            time.sleep(_SOON)
-        self._send({"type": "halted", "epoch": epoch})
 
     def _cut_until_outside(self, spared: set[str]) -> None:
         for attempt in range(int(_CUT_FOR / _CUT_EVERY)):
@@ -192,15 +187,16 @@ class EngineLoop:
         faulthandler.dump_traceback(sys.stderr)
         os._exit(STUCK)
 
-    def _ring_until_gone(self, doomed: set[str]) -> None:
-        """Help XLA's abort to its end, but not before the step that was inside has returned and the device has done
-        what it was given: XLA would destroy the communicator in the hands of the thread that enqueues the step
-        (`lockable.h: is_unlocked_`), and NCCL free memory that collectives in the queue still read."""
-        until, rung = time.monotonic() + _CUT_FOR, 0
-        while 0 < self._inside <= self._aborted:
-            time.sleep(_TICK)
+    def _halt(self, epoch: int, doomed: set[str]) -> None:
+        """On a GPU: say when nothing is handed to the device any more that uses a communicator of this epoch, and help
+        XLA's abort, which follows, to its end: not before the device has done what it was given, for NCCL would free
+        memory that collectives in the queue still read."""
+        while 0 < self._inside <= epoch and self._handed == self.engine.handed_over:
+            time.sleep(_SOON)
+        self._send({"type": "halted", "epoch": epoch})
         with suppress(jax.errors.JaxRuntimeError):
             self.engine.drain()
+        until, rung = time.monotonic() + _CUT_FOR, 0
         while time.monotonic() < until and ring(doomed):
             rung += 1
             time.sleep(_CUT_EVERY if rung < _RING_OFTEN else _RING_SELDOM)

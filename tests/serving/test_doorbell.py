@@ -182,17 +182,17 @@ def test_the_simulation_finds_a_wrong_rule():
 
 def test_halted_when_the_step_is_handed_over():
     """An engine that has heard of an abort says when nothing is on its way to its device; it begins nothing more."""
-    said, engine = queue.Queue(), SimpleNamespace(handed_over=0)
+    said, engine = queue.Queue(), SimpleNamespace(handed_over=0, drain=lambda: None)
     loop: Any = EngineLoop(engine, None, "", 0, said.put)  # type: ignore[arg-type]
     with loop._collective(7):
-        halting = threading.Thread(target=loop._halt, args=(7,))
+        halting = threading.Thread(target=loop._halt, args=(7, set()))
         halting.start()
         with pytest.raises(queue.Empty):
             said.get(timeout=0.05)
         engine.handed_over += 1
         assert said.get(timeout=10) == {"type": "halted", "epoch": 7}  # though it waits for the others still
     halting.join()
-    loop._halt(7)
+    loop._halt(7, set())
     assert said.get_nowait()["type"] == "halted"  # it was outside
     loop._aborted = 7
     with pytest.raises(Aborted), loop._collective(7):
