@@ -4,10 +4,11 @@
     python scripts/bench_steady.py --shape qwen3-30b-a3b --layers 16 --requests 128 --hosts 1
 
 Both have the same slots and serve the same requests. Elastic: `LLM(hosts=N)`, with replicas, supervisors, a
-coordinator, heartbeats, and meshes made ready; its tokens come to this process. Static: N processes that join the JAX
-service and step, and nothing else; every expert is there once. The two take turns. A step's time is the median gap
-between two tokens of a request while all of them decode, seen here or, static, in the engine. XLA's cost analysis of
-the two decode programs for a CPU is printed beside it.
+coordinator, heartbeats, and meshes made ready; its tokens come to this process, which takes processor time like the
+rest of them: --cores gives the engines cores of their own. Static: N processes that join the JAX service and step, and
+nothing else; every expert is there once. The two take turns. A step's time is the median gap between two tokens of a
+request while all of them decode, seen here or, static, in the engine. XLA's cost analysis of the two decode programs
+for a CPU is printed beside it.
 
 --hosts 1 shows the redundancy alone, on one device: two engines in this process, one with twice as many slots as there
 are experts, the other with just as many, take turns at decoding the same requests.
@@ -99,8 +100,8 @@ time.sleep(600)
 """
 
 
-def run_static(order: dict[str, Any]) -> float:
-    """The slowest rank's step, in milliseconds; ranks step together."""
+def run_static(order: dict[str, Any], cores: set[int]) -> float:
+    """The slowest rank's step, in milliseconds; ranks step together. cores: that they may use."""
     from serving.environment import engine_environment, guess_platform, sharing_cores
     from serving.jax_service import reserve_port
 
@@ -118,6 +119,8 @@ def run_static(order: dict[str, Any]) -> float:
         subprocess.Popen([*arguments, str(rank)], stdout=subprocess.PIPE, env=environ(rank), text=True)
         for rank in range(ranks)
     ]
+    for worker in workers:
+        os.sched_setaffinity(worker.pid, cores)
     try:
         return max(json.loads(worker.communicate(timeout=300)[0].splitlines()[-1])["ms"] for worker in workers)
     finally:
@@ -141,6 +144,12 @@ def run_elastic(llm: Any, requests: int) -> float:
         for update in updates:
             times[update.request_id] += [now] * bool(update.token_ids)
     return max(median_gap(t) for t in times.values())
+
+
+def engine_threads() -> list[int]:
+    """Of all engine processes of this machine."""
+    commands = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"serving.engine_process" in p.read_bytes()]
+    return [int(task.name) for command in commands for task in (command.parent / "task").iterdir()]
 
 
 def costs(config: dict[str, Any], replications: tuple[int, ...]) -> list[dict[str, float]]:
@@ -185,6 +194,11 @@ def compare_clusters(args: argparse.Namespace, model: str, options: dict[str, An
 
     platform = guess_platform(os.environ.get("JAX_PLATFORMS"))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both are there at the same time
+    cores = sorted(os.sched_getaffinity(0))
+    engines = set(cores[: args.cores])
+    if args.cores:
+        os.environ["PJRT_NPROC"] = str(max(1, args.cores // args.hosts))
+        os.sched_setaffinity(0, cores[args.cores :])  # and so do the coordinator and the supervisors
     with LLM(model, hosts=args.hosts, **options) as llm:
         config = asdict(llm.engine_config)
         order = {
@@ -194,10 +208,12 @@ def compare_clusters(args: argparse.Namespace, model: str, options: dict[str, An
             "cache": str(compilation_cache(platform, None, os.environ)),
             "requests": args.requests,
         }
+        for thread in engine_threads() if args.cores else ():
+            os.sched_setaffinity(thread, engines)
         run_elastic(llm, args.requests)  # warm
         time.sleep(5.0)  # until the meshes that a loss would leave are ready
         # The other side waits idle: parked engines take no processor time.
-        run = {"elastic": lambda: run_elastic(llm, args.requests), "static": lambda: run_static(order)}
+        run = {"elastic": lambda: run_elastic(llm, args.requests), "static": lambda: run_static(order, engines)}
         pairs = measure(run, args.pairs)
     if platform != "cpu" or args.shape != "demo":
         return {"pairs": pairs, "cost": {}}
@@ -246,6 +262,7 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, default=4, help="1: what spare slots cost on one device")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--requests", type=int, default=32, help="decoded at once")
+    parser.add_argument("--cores", type=int, help="of a CPU: so many for the engines alone, the rest for all others")
     parser.add_argument("--context", type=int, help="with --hosts 1: tokens of each prompt (default: 16)")
     parser.add_argument("--steps", type=int, default=32, help="with --hosts 1: of each of a turn's three runs")
     parser.add_argument("--json", action="store_true", help="print one JSON line after the table")

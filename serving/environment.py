@@ -31,6 +31,8 @@ _ARENAS = {"MALLOC_ARENA_MAX": "4"}
 _CUDA = {
     "XLA_PYTHON_CLIENT_ABORT_COLLECTIVES_ON_FAILURE": "1",
     "XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT": "1",
+    # A step is handed over by the thread that asks for it, so that it is known when that is done (serving.fences).
+    "PJRT_GPU_ENABLE_ASYNC_DISPATCH": "0",
     "NCCL_RAS_ENABLE": "0",  # its thread is one more to wait for in an abort
 }
 
