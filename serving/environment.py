@@ -30,8 +30,9 @@ _CUDA_FLAGS = (
 _ARENAS = {"MALLOC_ARENA_MAX": "4"}
 _CUDA = {
     "XLA_PYTHON_CLIENT_ABORT_COLLECTIVES_ON_FAILURE": "1",
-    "XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT": "1",
-    # A step is handed over by the thread that asks for it, so that it is known when that is done (serving.fences).
+    # Both say that a step is handed over by the thread that asks for it: so it is known when that is done
+    # (serving.fences). The first once chose another client; since jax 0.10.2 there is only one.
+    "XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT": "0",
     "PJRT_GPU_ENABLE_ASYNC_DISPATCH": "0",
     "NCCL_RAS_ENABLE": "0",  # its thread is one more to wait for in an abort
 }
