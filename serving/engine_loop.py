@@ -188,10 +188,10 @@ class EngineLoop:
         os._exit(STUCK)
 
     def _halt(self, epoch: int, doomed: set[str]) -> None:
-        """On a GPU: say when nothing is handed to the device any more that uses a communicator of this epoch, and help
-        XLA's abort, which follows, to its end: not before the device has done what it was given, for NCCL would free
-        memory that collectives in the queue still read."""
-        while 0 < self._inside <= epoch and self._handed == self.engine.handed_over:
+        """On a GPU: say when nothing is handed to the device any more that uses a communicator of this epoch, or when
+        this one is still being made, which only an abort may end; and help XLA's abort, which follows, to its end: not
+        before the device has done what it was given, for NCCL would free memory that collectives in the queue read."""
+        while 0 < self._inside <= epoch and self._handed == self.engine.handed_over and self._connecting is None:
             time.sleep(_SOON)
         self._send({"type": "halted", "epoch": epoch})
         with suppress(jax.errors.JaxRuntimeError):

@@ -17,8 +17,7 @@ from serving.service_process import ServiceProcess
 
 class Fences:
     def __init__(self, patience: float) -> None:
-        """patience: seconds that survivors are given; 0: they are not waited for. An engine that is forming a
-        communicator does not halt: then the fence is what ends it."""
+        """patience: seconds that survivors are given; 0: they are not waited for."""
         self._patience = patience
         self._asked: dict[tuple[int, int], deque[tuple[int, int]]] = {}  # (generation, node): (rank, incarnation)
         self._held: list[tuple[ServiceProcess, int]] = []
