@@ -56,6 +56,7 @@ WHOLE = 120.0  # seconds that a host may take to come back
 HANG = 300.0  # seconds without a token; a restart of everything must fit
 RESTORED = 10.0  # seconds that restoring redundancy may take
 BEFORE = 1.0  # seconds before a kill at which its timeline begins
+AFTER = 1.5  # seconds that a host is back before its return is over: programs run for the first time there
 WINDOW = 0.05  # seconds; of a timeline
 
 
@@ -79,6 +80,7 @@ async def kill_and_return(cluster: Cluster, traffic: Traffic, host: str, number:
     status = await cluster.until(is_whole, WHOLE, f"{host} was killed and comes back")
     back = time.monotonic()
     await traffic.all_moved(back)
+    await asyncio.sleep(AFTER)
     new = [r for r in status["recoveries"] if r["epoch"] > epoch]
     return {
         "host": host,
