@@ -103,7 +103,10 @@ class Channel:
 
     def send(self, body: dict[str, Any], blob: bytes | memoryview = b"") -> None:
         """Blocks while the other end is behind. Raises ChannelClosed, TimeoutError, or ValueError as `encode`."""
-        frame = encode(body, blob)
+        self.send_all(encode(body, blob))
+
+    def send_all(self, frame: bytes) -> None:
+        """As `send`, what `encode` gave, or the end of it."""
         if not self._sending.acquire(timeout=_SEND_TURN):
             raise TimeoutError(f"send: another thread has been sending for {_SEND_TURN} s")
         try:
@@ -112,6 +115,15 @@ class Channel:
             raise ChannelClosed(str(e)) from None
         finally:
             self._sending.release()
+
+    def send_some(self, frame: bytes) -> int:
+        """How many of its bytes were sent without waiting; the rest goes before anything else. Raises ChannelClosed."""
+        try:
+            return self._socket.send(frame, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except (BrokenPipeError, ConnectionResetError) as e:
+            raise ChannelClosed(str(e)) from None
 
     def receive(self) -> list[Message]:
         """The messages completed by what has arrived; blocks until something has. Raises ChannelClosed at the end."""

@@ -1,33 +1,58 @@
-"""What an engine process has to say, sent by a thread of its own.
+"""What an engine process has to say.
 
 A parent that stands still for a while (a debugger, Ctrl-Z, a script that does not poll) lets the channel fill up. The
-engine must not stand still with it: the other ranks wait for it in a collective. What queues up here is bounded by the
-tokens of the accepted requests.
+engine must not stand still with it: the other ranks wait for it in a collective. So what the channel does not take at
+once is sent by a thread. What queues up there is bounded by the tokens of the accepted requests.
+
+Only then, because a thread that is woken for each message takes the interpreter's lock just when the next step is made:
+that cost 0.2 to 0.5 ms a step, and sending costs 0.03.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from typing import Any
 
-from serving.channel import Channel
+from serving.channel import Channel, encode
+
+_LARGE = 1 << 16  # bytes: what is longer would take the sender's time
 
 
 class Outbox:
+    """Thread-safe."""
+
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._waiting: queue.SimpleQueue[tuple[dict[str, Any], bytes]] = queue.SimpleQueue()
+        self._waiting: deque[bytes | tuple[dict[str, Any], bytes]] = deque()  # frames, or what will be one
+        self._changed = threading.Condition()
         threading.Thread(target=self._run, name="outbox", daemon=True).start()
 
     def send(self, body: dict[str, Any], data: bytes = b"") -> None:
         """As Channel.send, but never blocks. A channel that is gone ends the process by way of the inbox."""
-        self._waiting.put((body, data))
+        with self._changed:
+            if self._waiting or len(data) > _LARGE:
+                self._waiting.append((body, data))
+            else:
+                frame = encode(body, data)
+                try:
+                    sent = self._channel.send_some(frame)
+                except OSError:
+                    return
+                if sent == len(frame):
+                    return
+                self._waiting.append(frame[sent:])
+            self._changed.notify()
 
     def _run(self) -> None:
         while True:
-            body, data = self._waiting.get()
+            with self._changed:
+                while not self._waiting:
+                    self._changed.wait()
+                frame = self._waiting[0]  # it stays there, so that nothing overtakes it
             try:
-                self._channel.send(body, data)
+                self._channel.send_all(frame if isinstance(frame, bytes) else encode(*frame))
             except OSError:
                 return
+            with self._changed:
+                self._waiting.popleft()
