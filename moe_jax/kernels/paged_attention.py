@@ -24,6 +24,7 @@ PAGE = 64  # positions in a page: wgmma's narrow side for scores, its depth for 
 ROWS = 64  # query rows of a warpgroup
 LOG2E = math.log2(math.e)
 UNSEEN = -1e30  # a finite start, so that a row that sees nothing stays finite
+WHOLE = 1.5 * 2**23  # added and taken away again it rounds a float32 to an integer
 SHARED_MEMORY = 222 * 1024  # bytes for queries and pages; barriers and alignment take the rest of 227 KiB
 
 
@@ -130,7 +131,7 @@ def paged_attention(
     pages = keys.shape[1]
     group = (rows // tokens) if new_keys is not None else 1
 
-    def body(*refs: Any, q_s: Any, k_s: Any, v_s: Any, l_s: Any, q_full: Any, full: Any, empty: Any, done: Any) -> None:
+    def body(*refs: Any, q_s: Any, k_s: Any, v_s: Any, p_s: Any, l_s: Any, q_full: Any, full: Any, empty: Any, done: Any) -> None:
         given = list(refs)
         q_g, k_g = given.pop(0), given.pop(0)
         v_g = None if latent else given.pop(0)
@@ -237,8 +238,19 @@ def paged_attention(
                 meet()
                 return plgpu.load(l_s.at[1 - wg], layout=by_row)
 
+            def exchange(i: jax.Array, p: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+                """The other warpgroup's p [ROWS, half] and top [ROWS] for ours."""
+                pl.when(i > 0)(lambda: plgpu.barrier_wait(done))  # it has read what we wrote for the last page
+                p_s.at[wg][...] = p
+                l_s[wg] = top
+                plgpu.barrier_arrive(done)
+                plgpu.barrier_wait(done)
+                theirs = plgpu.load(p_s.at[1 - wg], layout=square), plgpu.load(l_s.at[1 - wg], layout=by_row)
+                plgpu.barrier_arrive(done)
+                return theirs
+
             def per_page(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                acc, m, total_p = state
+                acc, m, total_p, common = state
                 slot = lax.rem(i, depth) + (wg * depth if apart else 0)
                 plgpu.barrier_wait(full.at[slot])
 
@@ -257,51 +269,65 @@ def paged_attention(
                     end = jnp.where(fresh, row, seen) + token * fresh.astype(jnp.int32)
                     visible = (x >= jnp.where(fresh, first, 0)) & (x < end)
                 s = jnp.where(visible, s, -jnp.inf)
-                top = jnp.maximum(m, s.max(axis=1) * LOG2E)
+                top = s.max(axis=1) * LOG2E
                 if mode == "values":
-                    top = jnp.maximum(top, others(top))
+                    top = top + WHOLE - WHOLE
+                top = jnp.maximum(m, top)
                 p = jnp.exp2(s * LOG2E - lax.broadcast_in_dim(top, s.shape, [0]))
-                keep = jnp.exp2(m - top)
-                total_p = total_p * keep + p.sum(axis=1)
-                acc = acc * lax.broadcast_in_dim(keep, acc.shape, [0])
-                weights: Any = p.astype(dtype)
-                if mode == "values":  # both need all; they lie where keys were that no value is made of
-                    at = pl.ds(key_dim - 64, 64)
-                    k_s.at[slot, at, pl.ds(ahead, half)][...] = weights
-                    meet()
-                    weights = k_s.at[slot, at]
+                total_p = total_p * jnp.exp2(m - top) + p.sum(axis=1)
+                pairs: list[tuple[Any, Any]]
+                if mode == "values":  # each has half of the positions, relative to its own maximum, and needs both
+                    theirs, high = exchange(i, p.astype(dtype), top)
+                    level = jnp.maximum(top, high)
 
-                from_ = wg * width if mode == "values" else 0
-                seen_values = v_s.at[slot] if not latent else k_s.at[slot, pl.ds(from_, width)].T
+                    def at_level(x: jax.Array, of: jax.Array) -> jax.Array:
+                        """Exact, because maxima are integers."""
+                        y = x.astype(jnp.float32) * lax.broadcast_in_dim(jnp.exp2(of - level), x.shape, [0])
+                        return y.astype(dtype)
+
+                    columns = k_s.at[slot, pl.ds(wg * width, width)]
+                    pairs = [
+                        (at_level(x, of), columns.at[:, pl.ds(at, half)].T)
+                        for x, of, at in ((p, top, ahead), (theirs, high, half - ahead))
+                    ]
+                else:
+                    level = top
+                    pairs = [(p.astype(dtype), k_s.at[slot, pl.ds(0, width)].T if latent else v_s.at[slot])]
+                acc = acc * lax.broadcast_in_dim(jnp.exp2(common - level), acc.shape, [0])
 
                 def weigh(acc_ref: Any) -> None:
-                    plgpu.wgmma(acc_ref, weights, seen_values)
+                    for weights, seen_values in pairs:
+                        plgpu.wgmma(acc_ref, weights, seen_values)
                     plgpu.wgmma_wait(0)
 
                 if interpret is not None:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
-                    acc += jnp.dot(weights[...], seen_values[...], preferred_element_type=jnp.float32)
+                    for weights, seen_values in pairs:
+                        acc += jnp.dot(weights, seen_values[...], preferred_element_type=jnp.float32)
                     plgpu.commit_smem()  # for its race detector, to which this is a read that a copy cannot wait for
                 elif width <= 128:
                     acc += pl.run_scoped(lambda r: (weigh(r), r[...])[1], plgpu.ACC((ROWS, width), jnp.float32))
                 else:
                     acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
                 plgpu.barrier_arrive(empty.at[slot])
-                return acc, top, total_p
+                return acc, top, total_p, level
 
             start = (
                 plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), square),
                 plgpu.layout_cast(jnp.full((ROWS,), UNSEEN, jnp.float32), by_row),
                 plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
+                plgpu.layout_cast(jnp.full((ROWS,), UNSEEN, jnp.float32), by_row),
             )
-            acc, m, total_p = lax.fori_loop(0, total, per_page, start)
+            acc, m, total_p, common = lax.fori_loop(0, total, per_page, start)
             if mode == "values":
+                pl.when(total > 0)(lambda: plgpu.barrier_wait(done))
+                total_p *= jnp.exp2(m - common)
                 total_p += others(total_p)
                 meet()  # what was read may be written again; so may the queries, whose place results take
             acc = acc * lax.broadcast_in_dim(1 / jnp.maximum(total_p, 1e-30), acc.shape, [0])
             shift = wg * (width // 64) if mode == "values" else 0
             for j in range(width // 64):
                 q_s.at[mine, shift + j][...] = acc[:, j * 64 : (j + 1) * 64].astype(dtype)
-            l_s[wg] = m + jnp.log2(total_p)
+            l_s[wg] = common + jnp.log2(total_p)
             plgpu.commit_smem()
 
             @pl.when(real)
@@ -334,6 +360,7 @@ def paged_attention(
             q_s=shared(room, max(key_dim, value_dim) // 64, ROWS, 64),
             k_s=shared(stages, key_dim, PAGE),
             v_s=plgpu.SMEM((8,), jnp.float32) if latent else shared(stages, PAGE, value_dim),
+            p_s=shared(wgs, ROWS, half) if mode == "values" else plgpu.SMEM((8,), jnp.float32),
             l_s=plgpu.SMEM((wgs, ROWS), jnp.float32),
             q_full=plgpu.Barrier(num_arrivals=room * key_dim // 64),
             full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
@@ -341,7 +368,10 @@ def paged_attention(
             done=plgpu.Barrier(num_arrivals=wgs),
         ),
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=0,  # rows are reduced in a warp
         ),
         **({} if interpret is None else {"interpret": interpret}),
     )
