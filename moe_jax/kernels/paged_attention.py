@@ -129,6 +129,8 @@ def paged_attention(
     depth = stages // streams
     copies = -(-key_dim // 256) + (not latent)
     pages = keys.shape[1]
+    together = 2 if mode == "values" and blocks % 2 == 0 else 1  # blocks of threads that share copies of pages
+    shared_by = "pair" if together > 1 else None
     group = (rows // tokens) if new_keys is not None else 1
 
     def body(*refs: Any, q_s: Any, k_s: Any, v_s: Any, p_s: Any, l_s: Any, q_full: Any, full: Any, empty: Any, done: Any) -> None:
@@ -143,11 +145,13 @@ def paged_attention(
         held = lax.div(seen + PAGE - 1, PAGE)
         per = lax.div(held + splits - 1, splits)
         first_new = lax.div(first, PAGE)
-        block = lax.rem(lax.div(lax.axis_index("unit"), splits), blocks)
+        block = lax.rem(lax.div(lax.axis_index("unit"), splits), blocks // together)
+        if shared_by:
+            block = block * together + lax.axis_index(shared_by)
 
         def span(w: Any) -> _Span:
             unit = lax.axis_index("unit") * streams + (w if apart else 0)
-            part, head = lax.rem(unit, splits), lax.div(unit, splits * blocks)
+            part, head = lax.rem(unit, splits), lax.div(unit, splits * (blocks // together))
             begin = part * per
             old = jnp.clip(held - begin, 0, per)
             total = old
@@ -160,9 +164,8 @@ def paged_attention(
         def bring(source_k: Any, source_v: Any, base: jax.Array, slot: jax.Array) -> None:
             for c in range(0, key_dim, 256):
                 rows_ = min(256, key_dim - c)
-                plgpu.copy_gmem_to_smem(
-                    source_k.at[pl.ds(base * key_dim + c, rows_)], k_s.at[slot, pl.ds(c, rows_)], full.at[slot]
-                )
+                from_, to = source_k.at[pl.ds(base * key_dim + c, rows_)], k_s.at[slot, pl.ds(c, rows_)]
+                plgpu.copy_gmem_to_smem(from_, to, full.at[slot], collective_axes=shared_by)
             if source_v is not None:
                 plgpu.copy_gmem_to_smem(source_v.at[pl.ds(base * PAGE, PAGE)], v_s.at[slot], full.at[slot])
 
@@ -352,8 +355,10 @@ def paged_attention(
             jax.ShapeDtypeStruct((n, splits, kv_heads, rows, value_dim), dtype),
             jax.ShapeDtypeStruct((n, splits, kv_heads, -(-rows // ROWS) * ROWS), jnp.float32),
         ),
-        grid=(n, -(-kv_heads * blocks * splits // streams)),
+        grid=(n, -(-kv_heads * blocks // together * splits // streams)),
         grid_names=("item", "unit"),
+        cluster=(together,) if shared_by else (),
+        cluster_names=(shared_by,) if shared_by else (),
         num_threads=wgs + 1,
         thread_name="wg",
         scratch_types=dict(
@@ -364,7 +369,9 @@ def paged_attention(
             l_s=plgpu.SMEM((wgs, ROWS), jnp.float32),
             q_full=plgpu.Barrier(num_arrivals=room * key_dim // 64),
             full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            empty=plgpu.Barrier(num_arrivals=wgs // streams, num_barriers=stages),
+            empty=plgpu.ClusterBarrier(collective_axes=(shared_by,), num_arrivals=wgs, num_barriers=stages)
+            if shared_by
+            else plgpu.Barrier(num_arrivals=wgs // streams, num_barriers=stages),
             done=plgpu.Barrier(num_arrivals=wgs),
         ),
         compiler_params=plgpu.CompilerParams(
