@@ -25,7 +25,7 @@ ROWS = 64  # query rows of a warpgroup
 LOG2E = math.log2(math.e)
 UNSEEN = -1e30  # a finite start, so that a row that sees nothing stays finite
 WHOLE = 1.5 * 2**23  # added and taken away again it rounds a float32 to an integer
-SHARED_MEMORY = 222 * 1024  # bytes for queries and pages; barriers and alignment take the rest of 227 KiB
+SHARED_MEMORY = 224 * 1024  # bytes for queries, pages and exchanges; sums, barriers, alignment take the rest of 227 KiB
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +118,8 @@ def paged_attention(
     half = PAGE // wgs if mode == "values" else PAGE  # positions whose scores a warpgroup computes
     latent = values is None
     page_bytes = PAGE * 2 * (key_dim + (0 if latent else value_dim))
-    stages = min(8, (SHARED_MEMORY - room * ROWS * 2 * max(key_dim, value_dim)) // page_bytes)
+    taken = room * ROWS * 2 * max(key_dim, value_dim) + (wgs * ROWS * half * 2 if mode == "values" else 0)
+    stages = min(8, (SHARED_MEMORY - taken) // page_bytes)
     if apart:
         stages -= stages % wgs  # each warpgroup has its own slots
     if mode == "values" and not (latent and key_dim > value_dim):
