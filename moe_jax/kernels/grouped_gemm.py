@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu
 plgpu: Any = mosaic_gpu  # of jax 0.11; 0.10, which type checks may see, has other signatures
 BLOCK_K = 64  # columns of a block of weights
 ALIGN = 8  # groups begin at multiples of so many rows
-TINY = 1e-30  # the least scale of 8-bit weights: what is multiplied with less is nothing
+TINY = 1e-20  # the least scale of 8-bit weights: what is multiplied with less is nothing
 SMS = 132  # streaming multiprocessors of an H100 or H200 SXM
 
 
@@ -339,8 +339,7 @@ def grouped_gemm(
                     ahead = scale(ki + 1)
                     slot = lax.rem(i * kt + ki, c.stages)
                     plgpu.barrier_wait(filled(i, slot))
-                    sums = [a * (b / s) for a, b, s in zip(sums, last, now, strict=True)]
-                    sums = add(slot, width, sums)
+                    sums = add(slot, width, [a * (old / s) for a, old, s in zip(sums, last, now, strict=True)])
                     plgpu.barrier_arrive(empty.at[slot])
                     return sums, now, ahead
 
@@ -351,10 +350,10 @@ def grouped_gemm(
 
             def add(slot: jax.Array, width: int, sums: list[jax.Array]) -> list[jax.Array]:
                 """Each 64 rows of a stage's 8-bit weights times its rows, added to sums [64, width]."""
-                pieces_of = [(h, kk) for kk in range(c.blocks_k) for h in range(halves)]
+                order = [(h, kk) for kk in range(c.blocks_k) for h in range(halves)]
 
                 def multiply(accs: Any) -> None:
-                    for h, kk in pieces_of:
+                    for h, kk in order:
                         from_ = ws.at[slot, part, pl.ds(kk * b + h * 64, 64)]
                         w = plgpu.load(from_, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
                         # Hopper widens to float16 in one instruction, and from there in two; to bfloat16 in none.
@@ -366,7 +365,7 @@ def grouped_gemm(
 
                 if interpret is None:
                     return pl.run_state(multiply)([plgpu.ACC.init(a) for a in sums])
-                for h, kk in pieces_of:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
+                for h, kk in order:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
                     w = ws[slot, part, pl.ds(kk * b + h * 64, 64)].astype(dtype)
                     sums[h] += jnp.dot(w, xs[slot, kk, pl.ds(0, width)].T).astype(jnp.float32)
                 plgpu.commit_smem()  # for its race detector, to which these are reads that a copy cannot wait for

@@ -134,7 +134,9 @@ def paged_attention(
     shared_by = "pair" if together > 1 else None
     group = (rows // tokens) if new_keys is not None else 1
 
-    def body(*refs: Any, q_s: Any, k_s: Any, v_s: Any, p_s: Any, l_s: Any, q_full: Any, full: Any, empty: Any, done: Any) -> None:
+    def body(
+        *refs: Any, q_s: Any, k_s: Any, v_s: Any, p_s: Any, l_s: Any, q_full: Any, full: Any, empty: Any, done: Any
+    ) -> None:
         given = list(refs)
         q_g, k_g = given.pop(0), given.pop(0)
         v_g = None if latent else given.pop(0)
