@@ -63,11 +63,11 @@ def candidates(shape: Shape) -> list[Config]:
     """What is worth measuring for a shape, by its regime; first what is likely to do where nothing was measured."""
     out = []
     b = block_rows(shape.columns, shape.activate)
-    sizes = [32, 64, 128]
-    likely = next((m for m in sizes if m >= 2 * shape.rows), 128)  # so that a group rarely takes two tiles
+    sizes = [32, 64, 128, 192] if shape.weight_bytes == 2 else [32, 64, 128]
+    likely = next((m for m in sizes if m >= 3 * shape.rows), 128)  # so that a group rarely takes two tiles
     sizes.sort(key=lambda m: m != likely)
     if shape.weight_bytes == 1:  # widened in registers, which are fewer for it
-        for block_m in [m for m in sizes if m < 128] + [128]:
+        for block_m in sizes:
             for consumers, stages, panel in ((2, 3, 8), (2, 4, 16), (1, 4, 8)):
                 out.append(Config(block_m, _widths(block_m), consumers, 2, stages, panel))
     elif shape.rows > 96:  # bound by arithmetic
@@ -89,6 +89,7 @@ def candidates(shape: Shape) -> list[Config]:
                 stage = blocks_k * BLOCK_K * 2 * (block_m + consumers * b)
                 for kilobytes in (192, 144):
                     out.append(Config(block_m, _widths(block_m), consumers, blocks_k, kilobytes * 1024 // stage, 1))
+        out.append(replace(out[0], panel=8))  # a group's tiles find its weights in the L2 cache
     return [c for c in dict.fromkeys(out) if fits(c, shape)]
 
 
