@@ -65,7 +65,7 @@ def candidates(shape: Shape) -> list[Config]:
     out = []
     b = block_rows(shape.columns, shape.activate)
     sizes = [32, 64, 128, 192] if shape.weight_bytes == 2 else [32, 64, 128]
-    likely = next((m for m in sizes if m >= 3 * shape.rows), 128)  # so that a group rarely takes two tiles
+    likely = next((m for m in (32, 64) if m >= 3 * shape.rows), 128)  # so that a group rarely takes two tiles
     sizes.sort(key=lambda m: m != likely)
     if shape.weight_bytes == 1:  # widened in registers, which are fewer for it
         for block_m in sizes:
