@@ -199,7 +199,8 @@ def test_the_whole_path(bits: int) -> None:
 SHAPES = {  # kv heads, query rows, tokens, key dim, value dim, whether values are in the keys
     "grouped": (2, 8, 1, 64, 64, False),
     "grouped, prefill": (1, 128, 16, 64, 64, False),
-    "latent": (1, 16, 1, 576, 512, True),
+    "latent": (1, 128, 1, 576, 512, True),
+    "latent, few heads": (1, 16, 1, 576, 512, True),
     "latent, prefill": (1, 128, 16, 576, 512, True),
 }
 
