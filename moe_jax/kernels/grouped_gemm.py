@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu
 plgpu: Any = mosaic_gpu  # of jax 0.11; 0.10, which type checks may see, has other signatures
 BLOCK_K = 64  # columns of a block of weights
 ALIGN = 8  # groups begin at multiples of so many rows
+TINY = 1e-20  # the least scale of 8-bit weights: what is multiplied with less is nothing
 SMS = 132  # streaming multiprocessors of an H100 or H200 SXM
 
 
@@ -326,46 +327,49 @@ def grouped_gemm(
                 return pl.run_scoped(scope, *[plgpu.ACC((64, c.block_m), jnp.float32)] * halves)
 
             def multiply_scaled(i: jax.Array, width: int, block: jax.Array) -> list[jax.Array]:
-                """The same with 8-bit weights, widened in registers, which is exact; a stage's sum gets its scale."""
+                """The same with 8-bit weights, widened in registers, which is exact. Sums are kept divided by the scale
+                of the stage that is added, so that they can stay in the accumulators."""
 
                 def scale(ki: jax.Array) -> list[jax.Array]:
-                    return [scale_g[0][(block * halves + h) * kt + jnp.minimum(ki, kt - 1)] for h in range(halves)]
+                    at = [(block * halves + h) * kt + jnp.minimum(ki, kt - 1) for h in range(halves)]
+                    return [jnp.maximum(scale_g[0][j], TINY) for j in at]
 
-                def per_stage(ki: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
-                    sums, now = state
+                def per_stage(ki: jax.Array, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+                    sums, last, now = state
                     ahead = scale(ki + 1)
                     slot = lax.rem(i * kt + ki, c.stages)
                     plgpu.barrier_wait(filled(i, slot))
-                    parts = [product(slot, h, width) for h in range(halves)]
+                    sums = add(slot, width, [a * (old / s) for a, old, s in zip(sums, last, now, strict=True)])
                     plgpu.barrier_arrive(empty.at[slot])
-                    return [a + part * s for a, part, s in zip(sums, parts, now, strict=True)], ahead
+                    return sums, now, ahead
 
                 zeros = plgpu.layout_cast(jnp.zeros((64, width), jnp.float32), plgpu.Layout.WGMMA)
-                return lax.fori_loop(0, kt, per_stage, ([zeros] * halves, scale(jnp.int32(0))))[0]
+                first = scale(jnp.int32(0))
+                sums, last, _ = lax.fori_loop(0, kt, per_stage, ([zeros] * halves, first, first))
+                return [a * s for a, s in zip(sums, last, strict=True)]
 
-            def product(slot: jax.Array, h: int, width: int) -> jax.Array:
-                def scope(acc: Any) -> jax.Array:
-                    for kk in range(c.blocks_k):
+            def add(slot: jax.Array, width: int, sums: list[jax.Array]) -> list[jax.Array]:
+                """Each 64 rows of a stage's 8-bit weights times its rows, added to sums [64, width]."""
+                order = [(h, kk) for kk in range(c.blocks_k) for h in range(halves)]
+
+                def multiply(accs: Any) -> None:
+                    for h, kk in order:
                         from_ = ws.at[slot, part, pl.ds(kk * b + h * 64, 64)]
                         w = plgpu.load(from_, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
                         # Hopper widens to float16 in one instruction, and from there in two; to bfloat16 in none.
                         w = plgpu.layout_cast(
                             w.astype(jnp.float16).astype(jnp.float32).astype(dtype), plgpu.Layout.WGMMA
                         )
-                        plgpu.wgmma(acc, w, xs.at[slot, kk, pl.ds(0, width)].T)
+                        plgpu.wgmma(accs[h], w, xs.at[slot, kk, pl.ds(0, width)].T)
                     plgpu.wgmma_wait(0)
-                    return acc[...]
 
-                if interpret is not None:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
-                    both = [
-                        jnp.dot(
-                            ws[slot, part, pl.ds(kk * b + h * 64, 64)].astype(dtype), xs[slot, kk, pl.ds(0, width)].T
-                        )
-                        for kk in range(c.blocks_k)
-                    ]
-                    plgpu.commit_smem()  # for its race detector, to which these are reads that a copy cannot wait for
-                    return both[0].astype(jnp.float32) + both[1].astype(jnp.float32)
-                return pl.run_scoped(scope, plgpu.ACC((64, width), jnp.float32))
+                if interpret is None:
+                    return pl.run_state(multiply)([plgpu.ACC.init(a) for a in sums])
+                for h, kk in order:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
+                    w = ws[slot, part, pl.ds(kk * b + h * 64, 64)].astype(dtype)
+                    sums[h] += jnp.dot(w, xs[slot, kk, pl.ds(0, width)].T).astype(jnp.float32)
+                plgpu.commit_smem()  # for its race detector, to which these are reads that a copy cannot wait for
+                return sums
 
             def store(found: list[jax.Array], ni: jax.Array, row: jax.Array, size: jax.Array) -> None:
                 """Write the first `size` columns of what was found, as rows, to y from `row` on."""

@@ -24,7 +24,8 @@ PAGE = 64  # positions in a page: wgmma's narrow side for scores, its depth for 
 ROWS = 64  # query rows of a warpgroup
 LOG2E = math.log2(math.e)
 UNSEEN = -1e30  # a finite start, so that a row that sees nothing stays finite
-SHARED_MEMORY = 222 * 1024  # bytes for queries and pages; barriers and alignment take the rest of 227 KiB
+WHOLE = 1.5 * 2**23  # added and taken away again it rounds a float32 to an integer
+SHARED_MEMORY = 224 * 1024  # bytes for queries, pages and exchanges; sums, barriers, alignment take the rest of 227 KiB
 
 
 @jax.tree_util.register_dataclass
@@ -117,7 +118,8 @@ def paged_attention(
     half = PAGE // wgs if mode == "values" else PAGE  # positions whose scores a warpgroup computes
     latent = values is None
     page_bytes = PAGE * 2 * (key_dim + (0 if latent else value_dim))
-    stages = min(8, (SHARED_MEMORY - room * ROWS * 2 * max(key_dim, value_dim)) // page_bytes)
+    taken = room * ROWS * 2 * max(key_dim, value_dim) + (wgs * ROWS * half * 2 if mode == "values" else 0)
+    stages = min(8, (SHARED_MEMORY - taken) // page_bytes)
     if apart:
         stages -= stages % wgs  # each warpgroup has its own slots
     if mode == "values" and not (latent and key_dim > value_dim):
@@ -128,9 +130,13 @@ def paged_attention(
     depth = stages // streams
     copies = -(-key_dim // 256) + (not latent)
     pages = keys.shape[1]
+    together = 2 if mode == "values" and blocks % 2 == 0 else 1  # blocks of threads that share copies of pages
+    shared_by = "pair" if together > 1 else None
     group = (rows // tokens) if new_keys is not None else 1
 
-    def body(*refs: Any, q_s: Any, k_s: Any, v_s: Any, l_s: Any, q_full: Any, full: Any, empty: Any, done: Any) -> None:
+    def body(
+        *refs: Any, q_s: Any, k_s: Any, v_s: Any, p_s: Any, l_s: Any, q_full: Any, full: Any, empty: Any, done: Any
+    ) -> None:
         given = list(refs)
         q_g, k_g = given.pop(0), given.pop(0)
         v_g = None if latent else given.pop(0)
@@ -142,11 +148,13 @@ def paged_attention(
         held = lax.div(seen + PAGE - 1, PAGE)
         per = lax.div(held + splits - 1, splits)
         first_new = lax.div(first, PAGE)
-        block = lax.rem(lax.div(lax.axis_index("unit"), splits), blocks)
+        block = lax.rem(lax.div(lax.axis_index("unit"), splits), blocks // together)
+        if shared_by:
+            block = block * together + lax.axis_index(shared_by)
 
         def span(w: Any) -> _Span:
             unit = lax.axis_index("unit") * streams + (w if apart else 0)
-            part, head = lax.rem(unit, splits), lax.div(unit, splits * blocks)
+            part, head = lax.rem(unit, splits), lax.div(unit, splits * (blocks // together))
             begin = part * per
             old = jnp.clip(held - begin, 0, per)
             total = old
@@ -159,9 +167,8 @@ def paged_attention(
         def bring(source_k: Any, source_v: Any, base: jax.Array, slot: jax.Array) -> None:
             for c in range(0, key_dim, 256):
                 rows_ = min(256, key_dim - c)
-                plgpu.copy_gmem_to_smem(
-                    source_k.at[pl.ds(base * key_dim + c, rows_)], k_s.at[slot, pl.ds(c, rows_)], full.at[slot]
-                )
+                from_, to = source_k.at[pl.ds(base * key_dim + c, rows_)], k_s.at[slot, pl.ds(c, rows_)]
+                plgpu.copy_gmem_to_smem(from_, to, full.at[slot], collective_axes=shared_by)
             if source_v is not None:
                 plgpu.copy_gmem_to_smem(source_v.at[pl.ds(base * PAGE, PAGE)], v_s.at[slot], full.at[slot])
 
@@ -237,8 +244,19 @@ def paged_attention(
                 meet()
                 return plgpu.load(l_s.at[1 - wg], layout=by_row)
 
+            def exchange(i: jax.Array, p: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
+                """The other warpgroup's p [ROWS, half] and top [ROWS] for ours."""
+                pl.when(i > 0)(lambda: plgpu.barrier_wait(done))  # it has read what we wrote for the last page
+                p_s.at[wg][...] = p
+                l_s[wg] = top
+                plgpu.barrier_arrive(done)
+                plgpu.barrier_wait(done)
+                theirs = plgpu.load(p_s.at[1 - wg], layout=square), plgpu.load(l_s.at[1 - wg], layout=by_row)
+                plgpu.barrier_arrive(done)
+                return theirs
+
             def per_page(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                acc, m, total_p = state
+                acc, m, total_p, common = state
                 slot = lax.rem(i, depth) + (wg * depth if apart else 0)
                 plgpu.barrier_wait(full.at[slot])
 
@@ -257,51 +275,65 @@ def paged_attention(
                     end = jnp.where(fresh, row, seen) + token * fresh.astype(jnp.int32)
                     visible = (x >= jnp.where(fresh, first, 0)) & (x < end)
                 s = jnp.where(visible, s, -jnp.inf)
-                top = jnp.maximum(m, s.max(axis=1) * LOG2E)
+                top = s.max(axis=1) * LOG2E
                 if mode == "values":
-                    top = jnp.maximum(top, others(top))
+                    top = top + WHOLE - WHOLE
+                top = jnp.maximum(m, top)
                 p = jnp.exp2(s * LOG2E - lax.broadcast_in_dim(top, s.shape, [0]))
-                keep = jnp.exp2(m - top)
-                total_p = total_p * keep + p.sum(axis=1)
-                acc = acc * lax.broadcast_in_dim(keep, acc.shape, [0])
-                weights: Any = p.astype(dtype)
-                if mode == "values":  # both need all; they lie where keys were that no value is made of
-                    at = pl.ds(key_dim - 64, 64)
-                    k_s.at[slot, at, pl.ds(ahead, half)][...] = weights
-                    meet()
-                    weights = k_s.at[slot, at]
+                total_p = total_p * jnp.exp2(m - top) + p.sum(axis=1)
+                pairs: list[tuple[Any, Any]]
+                if mode == "values":  # each has half of the positions, relative to its own maximum, and needs both
+                    theirs, high = exchange(i, p.astype(dtype), top)
+                    level = jnp.maximum(top, high)
 
-                from_ = wg * width if mode == "values" else 0
-                seen_values = v_s.at[slot] if not latent else k_s.at[slot, pl.ds(from_, width)].T
+                    def at_level(x: jax.Array, of: jax.Array) -> jax.Array:
+                        """Exact, because maxima are integers."""
+                        y = x.astype(jnp.float32) * lax.broadcast_in_dim(jnp.exp2(of - level), x.shape, [0])
+                        return y.astype(dtype)
+
+                    columns = k_s.at[slot, pl.ds(wg * width, width)]
+                    pairs = [
+                        (at_level(x, of), columns.at[:, pl.ds(at, half)].T)
+                        for x, of, at in ((p, top, ahead), (theirs, high, half - ahead))
+                    ]
+                else:
+                    level = top
+                    pairs = [(p.astype(dtype), k_s.at[slot, pl.ds(0, width)].T if latent else v_s.at[slot])]
+                acc = acc * lax.broadcast_in_dim(jnp.exp2(common - level), acc.shape, [0])
 
                 def weigh(acc_ref: Any) -> None:
-                    plgpu.wgmma(acc_ref, weights, seen_values)
+                    for weights, seen_values in pairs:
+                        plgpu.wgmma(acc_ref, weights, seen_values)
                     plgpu.wgmma_wait(0)
 
                 if interpret is not None:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
-                    acc += jnp.dot(weights[...], seen_values[...], preferred_element_type=jnp.float32)
+                    for weights, seen_values in pairs:
+                        acc += jnp.dot(weights, seen_values[...], preferred_element_type=jnp.float32)
                     plgpu.commit_smem()  # for its race detector, to which this is a read that a copy cannot wait for
                 elif width <= 128:
                     acc += pl.run_scoped(lambda r: (weigh(r), r[...])[1], plgpu.ACC((ROWS, width), jnp.float32))
                 else:
                     acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
                 plgpu.barrier_arrive(empty.at[slot])
-                return acc, top, total_p
+                return acc, top, total_p, level
 
             start = (
                 plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), square),
                 plgpu.layout_cast(jnp.full((ROWS,), UNSEEN, jnp.float32), by_row),
                 plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
+                plgpu.layout_cast(jnp.full((ROWS,), UNSEEN, jnp.float32), by_row),
             )
-            acc, m, total_p = lax.fori_loop(0, total, per_page, start)
+            acc, m, total_p, common = lax.fori_loop(0, total, per_page, start)
             if mode == "values":
+                pl.when(total > 0)(lambda: plgpu.barrier_wait(done))
+                total_p *= jnp.exp2(m - common)
                 total_p += others(total_p)
                 meet()  # what was read may be written again; so may the queries, whose place results take
             acc = acc * lax.broadcast_in_dim(1 / jnp.maximum(total_p, 1e-30), acc.shape, [0])
             shift = wg * (width // 64) if mode == "values" else 0
             for j in range(width // 64):
                 q_s.at[mine, shift + j][...] = acc[:, j * 64 : (j + 1) * 64].astype(dtype)
-            l_s[wg] = m + jnp.log2(total_p)
+            l_s[wg] = common + jnp.log2(total_p)
             plgpu.commit_smem()
 
             @pl.when(real)
@@ -326,22 +358,30 @@ def paged_attention(
             jax.ShapeDtypeStruct((n, splits, kv_heads, rows, value_dim), dtype),
             jax.ShapeDtypeStruct((n, splits, kv_heads, -(-rows // ROWS) * ROWS), jnp.float32),
         ),
-        grid=(n, -(-kv_heads * blocks * splits // streams)),
+        grid=(n, -(-kv_heads * blocks // together * splits // streams)),
         grid_names=("item", "unit"),
+        cluster=(together,) if shared_by else (),
+        cluster_names=(shared_by,) if shared_by else (),
         num_threads=wgs + 1,
         thread_name="wg",
         scratch_types=dict(
             q_s=shared(room, max(key_dim, value_dim) // 64, ROWS, 64),
             k_s=shared(stages, key_dim, PAGE),
             v_s=plgpu.SMEM((8,), jnp.float32) if latent else shared(stages, PAGE, value_dim),
+            p_s=shared(wgs, ROWS, half) if mode == "values" else plgpu.SMEM((8,), jnp.float32),
             l_s=plgpu.SMEM((wgs, ROWS), jnp.float32),
             q_full=plgpu.Barrier(num_arrivals=room * key_dim // 64),
             full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            empty=plgpu.Barrier(num_arrivals=wgs // streams, num_barriers=stages),
+            empty=plgpu.ClusterBarrier(collective_axes=(shared_by,), num_arrivals=wgs, num_barriers=stages)
+            if shared_by
+            else plgpu.Barrier(num_arrivals=wgs // streams, num_barriers=stages),
             done=plgpu.Barrier(num_arrivals=wgs),
         ),
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=0,  # rows are reduced in a warp
         ),
         **({} if interpret is None else {"interpret": interpret}),
     )

@@ -13,6 +13,7 @@ from typing import Any
 from moe_jax.kernels.grouped_gemm import BLOCK_K, Config, block_rows
 
 TABLE = Path(__file__).with_name("tuned.json")
+DENSE = 96  # rows of a group from which on arithmetic is the bound, not reading weights
 SHARED_MEMORY = 227 * 1024  # bytes that a block of threads of an H100 or H200 may use
 
 
@@ -63,14 +64,14 @@ def candidates(shape: Shape) -> list[Config]:
     """What is worth measuring for a shape, by its regime; first what is likely to do where nothing was measured."""
     out = []
     b = block_rows(shape.columns, shape.activate)
-    sizes = [32, 64, 128]
-    likely = next((m for m in sizes if m >= 2 * shape.rows), 128)  # so that a group rarely takes two tiles
+    sizes = [32, 64, 128, 192] if shape.weight_bytes == 2 else [32, 64, 128]
+    likely = next((m for m in (32, 64) if m >= 3 * shape.rows), 128)  # so that a group rarely takes two tiles
     sizes.sort(key=lambda m: m != likely)
     if shape.weight_bytes == 1:  # widened in registers, which are fewer for it
-        for block_m in [m for m in sizes if m < 128] + [128]:
+        for block_m in sizes:
             for consumers, stages, panel in ((2, 3, 8), (2, 4, 16), (1, 4, 8)):
                 out.append(Config(block_m, _widths(block_m), consumers, 2, stages, panel))
-    elif shape.rows > 96:  # bound by arithmetic
+    elif shape.rows > DENSE:
         for block_m, stages, panel in ((192, 4, 8), (128, 5, 8), (128, 6, 8), (192, 4, 4), (128, 5, 4)):
             out.append(Config(block_m, _fine(block_m), 2, 1, stages, panel, in_turn=True))
         out.append(replace(out[1], cluster=2))
@@ -81,7 +82,7 @@ def candidates(shape: Shape) -> list[Config]:
         ]
         # Tiles in turn hide what follows the products, which is much where K is small, but read each row more often.
         out = [*out, *both] if shape.k <= (2048 if shape.activate else 1024) else [*both, *out]
-    else:  # bound by reading weights
+    else:
         for block_m in sizes:
             # Where few groups are hit, narrow tiles occupy more of the processor.
             kinds = ((2, 1), (1, 1), (1, 2), (2, 2)) if shape.rows > 1 else ((1, 1), (1, 2), (2, 1), (2, 2))
@@ -89,6 +90,7 @@ def candidates(shape: Shape) -> list[Config]:
                 stage = blocks_k * BLOCK_K * 2 * (block_m + consumers * b)
                 for kilobytes in (192, 144):
                     out.append(Config(block_m, _widths(block_m), consumers, blocks_k, kilobytes * 1024 // stage, 1))
+        out.append(replace(out[0], panel=8))  # a group's tiles find its weights in the L2 cache
     return [c for c in dict.fromkeys(out) if fits(c, shape)]
 
 
@@ -127,6 +129,7 @@ def best(shape: Shape) -> Config:
         (distance(other), i, c)
         for i, (other, c) in enumerate(_table())
         if (shape.activate, shape.weight_bytes) == (other.activate, other.weight_bytes)
+        and (shape.rows > DENSE) == (other.rows > DENSE)
         and rows_apart(other) <= math.log(2)
         and fits(c, shape)
     ]
