@@ -11,6 +11,7 @@ from serving import channel as channel_module
 from serving.channel import Channel, ChannelClosed, Decoder, Message, encode
 from serving.environment import compilation_cache, engine_environment, guess_platform, sharing_cores
 from serving.messages import pack_event, pack_request, unpack_event, unpack_request
+from serving.outbox import Outbox
 
 BODIES = st.dictionaries(st.text(), st.integers() | st.text() | st.none() | st.lists(st.floats(allow_nan=False)))
 
@@ -123,3 +124,21 @@ def test_platform_and_cache_directory(tmp_path):
     assert compilation_cache("cuda", None, {"MOE_JAX_CACHE": str(tmp_path)}) == tmp_path
     assert compilation_cache("cpu", tmp_path, {}).parent == tmp_path
     assert compilation_cache("cuda", None, {}).is_absolute()
+
+
+def test_an_outbox_keeps_the_order_while_nobody_reads():
+    ours, theirs = Channel.pair()
+    box, reader = Outbox(ours), Channel(theirs)
+    sent = [({"type": "n", "n": i}, bytes(i % 7 * 20_000)) for i in range(200)]  # small, large, far more than fits
+    for body, blob in sent[:100]:
+        box.send(body, blob)
+    received: list[Message] = []
+    while len(received) < 50:
+        received += reader.receive()
+    for body, blob in sent[100:]:
+        box.send(body, blob)
+    while len(received) < len(sent):
+        received += reader.receive()
+    assert [(m.body["n"], len(m.blob)) for m in received] == [(body["n"], len(blob)) for body, blob in sent]
+    reader.close()
+    box.send({"type": "n", "n": -1})  # to nobody: the inbox notices
