@@ -40,6 +40,7 @@ PHASES = {
     "first_step": "with programs that were compiled before",
     "resume": "until the first token, for lost requests after a prefill elsewhere",
 }
+PREPARE = 120.0  # seconds that may be compiled for meshes of fewer hosts
 RETURN = 120.0  # seconds that a killed host may take to come back
 COLOURS = {"live": "green", "joining": "yellow", "lost": "red"}
 
@@ -52,7 +53,7 @@ class Streams:
     tokens: list[list[int]] = field(default_factory=lambda: [[] for _ in PROMPTS])
     left: set[int] = field(default_factory=lambda: set(range(len(PROMPTS))))
     last: dict[int, float] = field(default_factory=dict)  # when a stream's last token came
-    pause: float = 0.0  # seconds: the longest between two tokens of one stream
+    gaps: list[tuple[float, float]] = field(default_factory=list)  # from each token of a stream to its next
 
     @property
     def count(self) -> int:
@@ -61,7 +62,7 @@ class Streams:
     def take(self, i: int, update: Update) -> bool:
         """Whether stream `i` has ended with it."""
         now = time.perf_counter()
-        self.pause = max(self.pause, now - self.last.get(i, now))
+        self.gaps.append((self.last.get(i, now), now))
         self.last[i] = now
         self.texts[i] += update.text
         self.tokens[i] += update.token_ids
@@ -185,16 +186,27 @@ def serve_and_kill(llm: LLM, params: SamplingParams, console: Console, loss: Los
         return serve(llm, params, look)
 
 
-def timeline(recovery: dict[str, Any], streams: Streams) -> Table:
+def timeline(recovery: dict[str, Any], streams: Streams, loss: Loss) -> Table:
     table = Table("", "ms", "", title=f"Epoch {recovery['epoch']}, without the lost host", title_justify="left")
     for phase, meaning in PHASES.items():
         ms = recovery.get(f"{phase}_ms")
         if ms is not None:
             table.add_row(phase.replace("_", " "), f"{ms:.1f}", meaning)
     table.add_section()
-    table.add_row("pause", f"{1e3 * streams.pause:.0f}", "the longest between two tokens of a stream, as read here")
+    across = max((end - begin for begin, end in streams.gaps if begin <= loss.at < end), default=0.0)
+    later = max((end - begin for begin, end in streams.gaps if begin > loss.at), default=0.0)
+    table.add_row("pause", f"{1e3 * across:.0f}", "the longest between two tokens of a stream, as read here")
+    table.add_row("later", f"{1e3 * later:.0f}", "the same since then: the host's return, if it was in time")
     table.columns[1].justify = "right"
     return table
+
+
+def wait_for_programs(hosts: Hosts, number: int) -> float:
+    """Seconds until nothing is compiled any more for the loss of one or two of `number` hosts; at most PREPARE."""
+    begun, wanted = time.perf_counter(), min(2, number - 1)
+    while hosts.status()["survivable_without_compiling"] < wanted and time.perf_counter() - begun < PREPARE:
+        time.sleep(0.05)
+    return time.perf_counter() - begun
 
 
 def wait_for(hosts: Hosts, loss: Loss) -> dict[str, Any]:
@@ -227,6 +239,8 @@ def main() -> int:
     with LLM("demo", hosts=args.hosts) as llm:
         hosts = Hosts(llm)
         console.print(describe(llm, args.hosts, time.perf_counter() - begun), highlight=False, soft_wrap=True)
+        seconds = wait_for_programs(hosts, args.hosts)
+        console.print(f"for meshes of fewer hosts, too, {seconds:.1f} s later", highlight=False)
 
         begun = time.perf_counter()
         expected = serve(llm, params, lambda streams, ended: None)
@@ -239,7 +253,7 @@ def main() -> int:
         )
         streams = serve_and_kill(llm, params, console, loss, expected.count // 3)
         recovery = next(r for r in hosts.status()["recoveries"] if r["lost"])
-        console.print(timeline(recovery, streams), highlight=False)
+        console.print(timeline(recovery, streams, loss), highlight=False)
 
         status = wait_for(hosts, loss)
         pids = [rank["pid"] for rank in status["ranks"] if rank["host"] == loss.host]
