@@ -4,7 +4,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.fences import Fences
@@ -19,6 +19,7 @@ ACTS = st.lists(
 )
 
 
+@settings(max_examples=500)
 @given(ACTS, st.booleans())
 def test_each_is_asked_once_and_not_before_the_others_have_halted(acts, patient):
     asked: list[int] = []
