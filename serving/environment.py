@@ -72,8 +72,7 @@ def engine_environment(
     if platform == "cuda":
         names = {flag.split("=")[0] for flag in flags}
         flags += [flag for flag in _CUDA_FLAGS if flag.split("=")[0] not in names]
-        for name, value in _CUDA.items():
-            env.setdefault(name, value)
+        env |= _CUDA  # whatever it says: by JAX's guide it may have the second otherwise, and survivors would crash
         shared = env.get("MOE_JAX_SHARE_GPU") == "1"
         visible = env.get("CUDA_VISIBLE_DEVICES")
         wanted = rank if gpu is None else gpu

@@ -97,7 +97,8 @@ def test_environment_of_an_engine():
     assert "JAX_NUM_CPU_DEVICES" not in env and "CUDA_VISIBLE_DEVICES" not in env and env["PYTHONPATH"]
     assert env["MALLOC_ARENA_MAX"] == "4"
     base = {"CUDA_VISIBLE_DEVICES": "3,5", "MALLOC_ARENA_MAX": "8", "XLA_FLAGS": "--xla_gpu_nccl_async_execution=false"}
-    env = engine_environment(1, "cuda", base)
+    env = engine_environment(1, "cuda", base | {"XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT": "1"})
+    assert env["XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT"] == "0"
     assert env["CUDA_VISIBLE_DEVICES"] == "5" and env["XLA_PYTHON_CLIENT_ABORT_COLLECTIVES_ON_FAILURE"] == "1"
     assert env["MALLOC_ARENA_MAX"] == "8"
     assert env["XLA_FLAGS"].count("nccl_async_execution") == 1 and "terminate_on_error=false" in env["XLA_FLAGS"]
