@@ -338,6 +338,18 @@ def alive(pid: int) -> bool:
         return False
 
 
+def resume(inference: Any, request_id: str, responses: list[Any]) -> None:
+    """Go on behind what has come. Again, while calls still take the connection to the coordinator that is no more."""
+    deadline = time.monotonic() + 60
+    while True:
+        request = pb.ResumeRequest(request_id=request_id, offset=sum(len(r.token_ids) for r in responses))
+        try:
+            responses += inference.Resume(request, wait_for_ready=True)
+            return
+        except grpc.RpcError as e:
+            assert e.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() < deadline, e
+
+
 def until_whole(status: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     deadline = time.monotonic() + 120
     while True:
@@ -381,8 +393,7 @@ def test_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         os.kill(before["coordinator"]["pid"], signal.SIGKILL)
         with suppress(grpc.RpcError):
             responses += call
-        offset = sum(len(r.token_ids) for r in responses)
-        responses += inference.Resume(pb.ResumeRequest(request_id="r", offset=offset), wait_for_ready=True)
+        resume(inference, "r", responses)
         assert [t for r in responses for t in r.token_ids] == list(alone[0].token_ids)
         assert "".join(r.text for r in responses) == alone[0].text
         after = until_whole(status)
