@@ -267,6 +267,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=32, help="with --hosts 1: of each of a turn's three runs")
     parser.add_argument("--json", action="store_true", help="print one JSON line after the table")
     args = parser.parse_args()
+    if args.cores is not None and not 1 <= args.cores < (most := len(os.sched_getaffinity(0))):
+        parser.error(f"--cores: found {args.cores}, expected 1 to {most - 1}, so that one is left")
     options: dict[str, Any] = {"load_format": "auto", "max_batch": -(-args.requests // 16) * 16}
     with tempfile.TemporaryDirectory() as directory:
         model = "demo"

@@ -86,6 +86,7 @@ class Channel:
         sock.settimeout(timeout)
         self._socket, self._decoder = sock, Decoder()
         self._sending = threading.Lock()
+        self._rest = b""  # of a frame that was begun
 
     @staticmethod
     def pair(timeout: float | None = None) -> tuple[Channel, socket.socket]:
@@ -106,24 +107,29 @@ class Channel:
         self.send_all(encode(body, blob))
 
     def send_all(self, frame: bytes) -> None:
-        """As `send`, what `encode` gave, or the end of it."""
+        """As `send`, what `encode` gave; behind the rest of what `send_some` began."""
         if not self._sending.acquire(timeout=_SEND_TURN):
             raise TimeoutError(f"send: another thread has been sending for {_SEND_TURN} s")
         try:
-            self._socket.sendall(frame)
+            self._socket.sendall(self._rest + frame)
+            self._rest = b""
         except (BrokenPipeError, ConnectionResetError) as e:
             raise ChannelClosed(str(e)) from None
         finally:
             self._sending.release()
 
-    def send_some(self, frame: bytes) -> int:
-        """How many of its bytes were sent without waiting; the rest goes before anything else. Raises ChannelClosed."""
-        try:
-            return self._socket.send(frame, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return 0
-        except (BrokenPipeError, ConnectionResetError) as e:
-            raise ChannelClosed(str(e)) from None
+    def send_some(self, frame: bytes) -> bool:
+        """Send without waiting for the other end. False: not all of it; the rest goes before whatever is sent next.
+        Raises ChannelClosed."""
+        with self._sending:
+            try:
+                sent = 0 if self._rest else self._socket.send(frame, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            except (BrokenPipeError, ConnectionResetError) as e:
+                raise ChannelClosed(str(e)) from None
+            self._rest += frame[sent:]
+            return not self._rest
 
     def receive(self) -> list[Message]:
         """The messages completed by what has arrived; blocks until something has. Raises ChannelClosed at the end."""

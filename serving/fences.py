@@ -25,7 +25,7 @@ class Fences:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, service: ServiceProcess, node: int, rank: int, incarnation: int) -> None:
-        """Fence this one: at once, or with `release`."""
+        """It is to be fenced; not before the next `release`."""
         self._asked.setdefault((service.generation, node), deque()).append((rank, incarnation))
         self._held.append((service, node))
         self._busy.discard(incarnation)

@@ -5,7 +5,7 @@ engine must not stand still with it: the other ranks wait for it in a collective
 once is sent by a thread. What queues up there is bounded by the tokens of the accepted requests.
 
 Only then, because a thread that is woken for each message takes the interpreter's lock just when the next step is made:
-that cost 0.2 to 0.5 ms a step, and sending costs 0.03.
+in profiles of an engine on one core that cost 0.2 to 0.5 ms a step (2026-11-23), and sending costs 0.03.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Outbox:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._waiting: deque[bytes | tuple[dict[str, Any], bytes]] = deque()  # frames, or what will be one
+        self._waiting: deque[tuple[dict[str, Any], bytes] | None] = deque()  # None: the rest of what was begun
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="outbox", daemon=True).start()
 
@@ -34,14 +34,12 @@ class Outbox:
             if self._waiting or len(data) > _LARGE:
                 self._waiting.append((body, data))
             else:
-                frame = encode(body, data)
                 try:
-                    sent = self._channel.send_some(frame)
+                    if self._channel.send_some(encode(body, data)):
+                        return
                 except OSError:
                     return
-                if sent == len(frame):
-                    return
-                self._waiting.append(frame[sent:])
+                self._waiting.append(None)
             self._changed.notify()
 
     def _run(self) -> None:
@@ -49,9 +47,9 @@ class Outbox:
             with self._changed:
                 while not self._waiting:
                     self._changed.wait()
-                frame = self._waiting[0]  # it stays there, so that nothing overtakes it
+                message = self._waiting[0]  # it stays there, so that nothing overtakes it
             try:
-                self._channel.send_all(frame if isinstance(frame, bytes) else encode(*frame))
+                self._channel.send_all(b"" if message is None else encode(*message))
             except OSError:
                 return
             with self._changed:

@@ -107,9 +107,9 @@ class Supervisor:
             for task in tasks:
                 if task.done():
                     task.result()  # raises what ended it
-            for task in tasks:
-                task.cancel()
             if self.options.platform == "cuda" and self._engine is not None and self._engine.stopped:
+                for task in tasks:
+                    task.cancel()  # nobody shall take this worker for a new one meanwhile
                 await asyncio.sleep(_SURVIVORS_FIRST)
             return self.exit_code.result()
         finally:

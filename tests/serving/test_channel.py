@@ -143,3 +143,18 @@ def test_an_outbox_keeps_the_order_while_nobody_reads():
     assert [(m.body["n"], len(m.blob)) for m in received] == [(body["n"], len(blob)) for body, blob in sent]
     reader.close()
     box.send({"type": "n", "n": -1})  # to nobody: the inbox notices
+
+
+def test_what_is_sent_past_an_outbox_cuts_no_frame():
+    """As the report of a process that ends while the other side is behind."""
+    ours, theirs = Channel.pair()
+    box, reader = Outbox(ours), Channel(theirs)
+    for i in range(200):
+        box.send({"type": "n", "n": i}, bytes(50_000))
+    report = threading.Thread(target=ours.send, args=({"type": "report"},))
+    report.start()
+    received: list[Message] = []
+    while len(received) < 201:
+        received += reader.receive()
+    report.join()
+    assert [m.body["n"] for m in received if m.body["type"] == "n"] == list(range(200))
