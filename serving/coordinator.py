@@ -368,7 +368,7 @@ class Coordinator:
                     self._recoveries.entered(body["epoch"], body["ms"])
                     self._do(self._membership.entered(rank, incarnation, body["epoch"], time.monotonic()))
                 case "halted":
-                    self._fences.halted(incarnation)
+                    self._fences.halted(incarnation, body["epoch"])
                 case "failed":
                     log.warning("rank %d: epoch %d: %s", rank, body["epoch"], body["message"])
                     self._do(self._membership.failed(rank, incarnation, body["epoch"], time.monotonic()))
@@ -512,7 +512,7 @@ class Coordinator:
                 frame = encode({"type": "abort", "epoch": epoch, "survivors": survivors})
                 for incarnation in incarnations:
                     self._send(incarnation, frame)
-                self._fences.aborted(incarnations)
+                self._fences.aborted(incarnations, epoch)
             case m.Dismiss(rank, incarnation, reason):
                 self._dismiss(rank, incarnation, reason)
             case m.Persist(epoch):

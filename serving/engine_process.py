@@ -10,6 +10,7 @@ Whatever goes wrong is one `error` message, a traceback in the log, and exit cod
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import sys
 import threading
@@ -75,6 +76,7 @@ def yield_seldom() -> None:
 
 
 def main() -> None:
+    faulthandler.enable()  # a crash in native code: the log says where its threads were
     yield_seldom()
     channel = Channel.inherited(int(sys.argv[2]))
     inbox = Inbox(channel)  # before anything slow is imported: from here on this process ends with its parent

@@ -21,32 +21,32 @@ class Fences:
         self._patience = patience
         self._asked: dict[tuple[int, int], deque[tuple[int, int]]] = {}  # (generation, node): (rank, incarnation)
         self._held: list[tuple[ServiceProcess, int]] = []
-        self._busy: set[int] = set()  # incarnations that have not halted
+        self._busy: dict[int, int] = {}  # incarnations that have not halted: the epoch that is over for them
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, service: ServiceProcess, node: int, rank: int, incarnation: int) -> None:
         """It is to be fenced; not before the next `release`."""
         self._asked.setdefault((service.generation, node), deque()).append((rank, incarnation))
         self._held.append((service, node))
-        self._busy.discard(incarnation)
+        self._busy.pop(incarnation, None)
 
-    def aborted(self, incarnations: Iterable[int]) -> None:
-        """These have been told that their epoch is over."""
+    def aborted(self, incarnations: Iterable[int], epoch: int) -> None:
+        """These have been told that their epoch is over; perhaps, by a collective that failed, before anyone knows who
+        is lost."""
         if self._patience:
-            self._busy.update(incarnations)
+            self._busy.update(dict.fromkeys(incarnations, epoch))
 
-    def halted(self, incarnation: int) -> None:
-        """It hands nothing over any more."""
-        self._busy.discard(incarnation)
+    def halted(self, incarnation: int, epoch: int) -> None:
+        """It hands nothing over any more that belongs to this epoch."""
+        if self._busy.get(incarnation, epoch + 1) <= epoch:
+            del self._busy[incarnation]
         self.release()
 
     def release(self) -> None:
         """After all that goes together has been added and aborted."""
-        if not self._held:
-            self._busy.clear()
-        elif not self._busy:
+        if self._held and not self._busy:
             self._ask()
-        elif self._timer is None:
+        elif self._held and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._patience, self._ask)
 
     def _ask(self) -> None:
