@@ -311,6 +311,14 @@ class Engine:
         Blocks until the other ranks have done theirs; raises jax.errors.JaxRuntimeError when one of them is lost, with
         this engine as it was before the step.
 
+        ahead: as `begin`.
+        """
+        self.begin(ahead)
+        return self.finish()
+
+    def begin(self, ahead: bool = False) -> None:
+        """The first half of a step: hand it to the devices. What is done before `finish` costs no time.
+
         ahead: have the devices begin the next step before this one's tokens are seen, if that can be: if all ranks are
         this process's. None can be lost then, so K/V may be written and tokens decoded before anyone has read them.
         """
@@ -318,7 +326,6 @@ class Engine:
             self._begin()
         if ahead and self._can_look_ahead:
             self._begin()
-        return self.finish()
 
     @property
     def _can_look_ahead(self) -> bool:

@@ -42,6 +42,7 @@ from moe_jax.distributed import (
 from moe_jax.engine import Engine, Experts, ScoreJob
 from moe_jax.executables import compilations
 from moe_jax.mesh import ExpertMesh
+from moe_jax.request import TokenEvent
 from serving import heap
 from serving.channel import Message
 from serving.inbox import Inbox
@@ -86,6 +87,7 @@ class EngineLoop:
         self._active: ExpertMesh | None = None  # that of the last epoch entered
         self._sockets: dict[ExpertMesh, set[str]] = {}  # of the meshes' communicators; on GPUs
         self._connecting: ExpertMesh | None = None  # whose communicator is being made
+        self._done: tuple[dict[str, Any], list[TokenEvent]] | None = None  # a step whose tokens have not been sent
         self._said = self._shielded = time.monotonic()
         self.about: Callable[[], dict[str, Any]] = dict  # what else to say to a new coordinator
 
@@ -116,6 +118,8 @@ class EngineLoop:
         elif not self.engine.parked:
             self.step()
         self._connect_ahead()
+        if self.idle:
+            self._tell()
 
     def handle(self, message: Message) -> None:
         """Obey one command. A request is sent before the bell that announces it, so whoever heard the bell has it."""
@@ -142,9 +146,9 @@ class EngineLoop:
                 try:
                     self._scores[body["number"]] = self.engine.add_score(0, body["token_ids"], body["chunk"])
                 except ValueError as e:
-                    self._send({"type": "score", "number": body["number"], "error": str(e)})
+                    self._say({"type": "score", "number": body["number"], "error": str(e)})
             case "status":
-                self._send({"type": "status", **self.status()})
+                self._say({"type": "status", **self.status()})
             case "loads":  # answered after the next step if there is one: nothing waits for it
                 self.engine.look_at_loads()
                 if self.engine.parked:
@@ -254,7 +258,7 @@ class EngineLoop:
             is_new = engine.mesh is None or engine.mesh.devices != mesh.devices
             if is_new:
                 engine.leave()
-                self._send({"type": "arrived", "epoch": number})
+                self._say({"type": "arrived", "epoch": number})
                 with self._collective(number):
                     self._barrier(number, nodes, mesh)
             ms["agree"] = 1e3 * (time.monotonic() - begun)
@@ -274,7 +278,7 @@ class EngineLoop:
             ms["first_step"] = 1e3 * (time.monotonic() - before)
             compiled = compilations.count - counted
             total = compilations.count
-            self._send({"type": "entered", "epoch": number, "ms": ms, "compilations": compiled, "compiled": total})
+            self._say({"type": "entered", "epoch": number, "ms": ms, "compilations": compiled, "compiled": total})
             threading.Thread(target=self._prepare, args=(body,), name=f"prepare-{number}", daemon=True).start()
 
     def _prepare(self, body: dict[str, Any]) -> None:
@@ -349,7 +353,7 @@ class EngineLoop:
     def _failed(self, number: int, why: str) -> None:
         """Say that an epoch's collectives fail, though nobody has said that they should."""
         if self._aborted < number:
-            self._send({"type": "failed", "epoch": number, "message": why[:1000]})
+            self._say({"type": "failed", "epoch": number, "message": why[:1000]})
 
     def _prefetch(self, body: dict[str, Any]) -> None:
         """Read the experts that these slots would need, for the epoch that will ask for them."""
@@ -360,28 +364,46 @@ class EngineLoop:
     # Steps
 
     def step(self) -> None:
-        """One step; its tokens leave as one message. When it fails the epoch is over, and the step did not happen."""
-        engine, events = self.engine, []
-        if not self._together(lambda: events.extend(engine.step(ahead=True))):
+        """One step. When it fails the epoch is over, and the step did not happen. Its tokens are sent, as one message,
+        while the devices are at the next step, so that it takes none of their time; or by `advance` if none follows."""
+        engine = self.engine
+
+        def take() -> None:
+            engine.begin(ahead=True)
+            self._tell()
+            events = engine.finish()
+            said = {"epoch": engine.epoch, "steps": engine.steps, "usage": engine.cache_usage}
+            self._done = said, events
+
+        if not self._together(take):
             return
         now = time.monotonic()
         if now - self._shielded >= HEARTBEAT:  # Gloo makes less room again when it has sent something greater
             self._shielded = now
             shield_collectives(self._service)
-        if events or now - self._said >= HEARTBEAT:
-            self._said = now
-            packed = [pack_event(e) for e in events]
-            said = {"epoch": engine.epoch, "steps": engine.steps, "usage": engine.cache_usage}
-            self._send({"type": "events", **said, "events": packed})
         for number, job in list(self._scores.items()):
             self._send_scores(number, job)
         self._send_loads()
+
+    def _tell(self) -> None:
+        """Send the last step's tokens, if that has not been done; seldom, that there were none."""
+        if self._done is None:
+            return
+        (said, events), self._done, now = self._done, None, time.monotonic()
+        if events or now - self._said >= HEARTBEAT:
+            self._said = now
+            self._send({"type": "events", **said, "events": [pack_event(e) for e in events]})
+
+    def _say(self, body: dict[str, Any], data: bytes = b"") -> None:
+        """In the main thread, send something that does not overtake tokens."""
+        self._tell()
+        self._send(body, data)
 
     def _send_loads(self) -> None:
         """What was asked for."""
         loads = self.engine.loads()
         if loads is not None:
-            self._send({"type": "loads", "shape": loads.shape}, loads.tobytes())
+            self._say({"type": "loads", "shape": loads.shape}, loads.tobytes())
 
     def _together(self, collective: Callable[[], None]) -> bool:
         """Something that waits for the other ranks. False: it failed, and with it the epoch."""
@@ -433,11 +455,11 @@ class EngineLoop:
             at_once = max(1, SCORE_BYTES // (4 * rows.shape[1]))
             for i in range(0, len(rows), at_once):
                 part = np.ascontiguousarray(rows[i : i + at_once], np.float32)
-                self._send({"type": "score", "number": number, "shape": part.shape}, part.tobytes())
+                self._say({"type": "score", "number": number, "shape": part.shape}, part.tobytes())
         job.rows.clear()
         if not job.sequence.remaining:
             del self._scores[number]
-            self._send({"type": "score", "number": number, "done": True})
+            self._say({"type": "score", "number": number, "done": True})
 
 
 def _mesh(nodes: Sequence[int]) -> ExpertMesh:
