@@ -5,7 +5,7 @@
 
 Both have the same slots and serve the same requests. Elastic: `LLM(hosts=N)`, with replicas, supervisors, a
 coordinator, heartbeats, and meshes made ready; its tokens come to this process, which takes processor time like the
-rest of them: --cores gives the engines cores of their own. Static: N processes that join the JAX service and step, and
+rest of them: --cores gives every engine cores of its own. Static: N processes that join the JAX service and step, and
 nothing else; every expert is there once. The two take turns. A step's time is the median gap between two tokens of a
 request while all of them decode, seen here or, static, in the engine. XLA's cost analysis of the two decode programs
 for a CPU is printed beside it.
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,8 @@ time.sleep(600)
 """
 
 
-def run_static(order: dict[str, Any], cores: set[int]) -> float:
-    """The slowest rank's step, in milliseconds; ranks step together. cores: that they may use."""
+def run_static(order: dict[str, Any], cores: list[set[int]]) -> float:
+    """The slowest rank's step, in milliseconds; ranks step together. cores: that each may use."""
     from serving.environment import engine_environment, guess_platform, sharing_cores
     from serving.jax_service import reserve_port
 
@@ -119,8 +120,8 @@ def run_static(order: dict[str, Any], cores: set[int]) -> float:
         subprocess.Popen([*arguments, str(rank)], stdout=subprocess.PIPE, env=environ(rank), text=True)
         for rank in range(ranks)
     ]
-    for worker in workers:
-        os.sched_setaffinity(worker.pid, cores)
+    for worker, its in zip(workers, cores, strict=True):
+        os.sched_setaffinity(worker.pid, its)
     try:
         return max(json.loads(worker.communicate(timeout=300)[0].splitlines()[-1])["ms"] for worker in workers)
     finally:
@@ -146,10 +147,13 @@ def run_elastic(llm: Any, requests: int) -> float:
     return max(median_gap(t) for t in times.values())
 
 
-def engine_threads() -> list[int]:
-    """Of all engine processes of this machine."""
-    commands = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"serving.engine_process" in p.read_bytes()]
-    return [int(task.name) for command in commands for task in (command.parent / "task").iterdir()]
+def engine_threads() -> Iterator[tuple[int, int]]:
+    """Of all engine processes of this machine: (rank, thread)."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        command = path.read_bytes().split(b"\0")
+        if b"serving.engine_process" in command:
+            rank = int(command[command.index(b"serving.engine_process") + 1])
+            yield from ((rank, int(task.name)) for task in (path.parent / "task").iterdir())
 
 
 def costs(config: dict[str, Any], replications: tuple[int, ...]) -> list[dict[str, float]]:
@@ -195,9 +199,10 @@ def compare_clusters(args: argparse.Namespace, model: str, options: dict[str, An
     platform = guess_platform(os.environ.get("JAX_PLATFORMS"))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both are there at the same time
     cores = sorted(os.sched_getaffinity(0))
-    engines = set(cores[: args.cores])
+    engines, each = [set(cores)] * args.hosts, (args.cores or 0) // args.hosts
     if args.cores:
-        os.environ["PJRT_NPROC"] = str(max(1, args.cores // args.hosts))
+        engines = [set(cores[i * each : (i + 1) * each]) for i in range(args.hosts)]
+        os.environ["PJRT_NPROC"] = str(each)
         os.sched_setaffinity(0, cores[args.cores :])  # and so do the coordinator and the supervisors
     with LLM(model, hosts=args.hosts, **options) as llm:
         config = asdict(llm.engine_config)
@@ -208,8 +213,8 @@ def compare_clusters(args: argparse.Namespace, model: str, options: dict[str, An
             "cache": str(compilation_cache(platform, None, os.environ)),
             "requests": args.requests,
         }
-        for thread in engine_threads() if args.cores else ():
-            os.sched_setaffinity(thread, engines)
+        for rank, thread in engine_threads() if args.cores else ():
+            os.sched_setaffinity(thread, engines[rank])
         run_elastic(llm, args.requests)  # warm
         time.sleep(5.0)  # until the meshes that a loss would leave are ready
         # The other side waits idle: parked engines take no processor time.
@@ -262,13 +267,15 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, default=4, help="1: what spare slots cost on one device")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--requests", type=int, default=32, help="decoded at once")
-    parser.add_argument("--cores", type=int, help="of a CPU: so many for the engines alone, the rest for all others")
+    parser.add_argument(
+        "--cores", type=int, help="of a CPU: so many shared out among the engines, the rest for all others"
+    )
     parser.add_argument("--context", type=int, help="with --hosts 1: tokens of each prompt (default: 16)")
     parser.add_argument("--steps", type=int, default=32, help="with --hosts 1: of each of a turn's three runs")
     parser.add_argument("--json", action="store_true", help="print one JSON line after the table")
     args = parser.parse_args()
-    if args.cores is not None and not 1 <= args.cores < (most := len(os.sched_getaffinity(0))):
-        parser.error(f"--cores: found {args.cores}, expected 1 to {most - 1}, so that one is left")
+    if args.cores is not None and not args.hosts <= args.cores < (most := len(os.sched_getaffinity(0))):
+        parser.error(f"--cores: found {args.cores}, expected {args.hosts} to {most - 1}: one a host, and one left")
     options: dict[str, Any] = {"load_format": "auto", "max_batch": -(-args.requests // 16) * 16}
     with tempfile.TemporaryDirectory() as directory:
         model = "demo"
