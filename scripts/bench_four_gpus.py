@@ -273,10 +273,9 @@ class Bench:
             traffic = Traffic(cluster.address, make_jobs(args.streams, args.seed, *args.tokens), {}, args.streams, HANG)
             traffic.start()
             await asyncio.sleep(3.0)
-            rows = await throughput(cluster, traffic, min(2, shape.hosts - 1), args.seconds)
+            rows = await throughput(cluster, traffic, min(2, shape.hosts - 1), args.seconds, self.say)
+            await traffic.stop()
             self.record("losses", {"throughput": rows, "tally": asdict(traffic.tally)})
-            for row in rows:
-                self.say("{when}: {tokens_per_second} tokens/s".format(**row))
 
     async def exact(self) -> None:
         args = self.args

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,12 +106,15 @@ async def restart(cluster: Cluster, traffic: Traffic) -> float:
     return round(1e3 * (traffic.last - last), 1)
 
 
-async def throughput(cluster: Cluster, traffic: Traffic, losses: int, seconds: float) -> list[dict[str, Any]]:
+async def throughput(
+    cluster: Cluster, traffic: Traffic, losses: int, seconds: float, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Tokens per second: before, after each loss, once its redundancy is restored, and with all hosts back."""
     rows: list[dict[str, Any]] = []
 
     async def measure(when: str) -> None:
         rows.append({"when": when, "tokens_per_second": round(await traffic.rate(seconds), 1)})
+        say("{when}: {tokens_per_second} tokens/s".format(**rows[-1]))
 
     hosts = [f"host{cluster.shape.hosts - 1 - i}" for i in range(losses)]
     await measure("before")
@@ -131,7 +134,6 @@ async def throughput(cluster: Cluster, traffic: Traffic, losses: int, seconds: f
         await cluster.until(is_whole, WHOLE, f"{' and '.join(hosts)} come back")
         await _settled(cluster)
         await measure(f"all {cluster.shape.hosts} back")
-        await traffic.stop()
     return rows
 
 
@@ -145,51 +147,66 @@ async def _settled(cluster: Cluster) -> None:
         await asyncio.sleep(0.1)
 
 
-async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    shape, draw = Shape.of(args, directory), random.Random(args.seed)
+async def kill_in_turn(
+    args: argparse.Namespace, cluster: Cluster, traffic: Traffic, begun: float, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[dict[str, int]]]:
+    """What became of each kill, and memory before the first and after each."""
+    draw = random.Random(args.seed)
     kill_or_stop = {"kill": [signal.SIGKILL], "stop": [signal.SIGSTOP], "both": [signal.SIGKILL, signal.SIGSTOP]}
     numbers = kill_or_stop[args.signal]
+    kills, memory = [], [await resident(cluster)]
+    for i in range(args.kills):
+        if time.monotonic() - begun > args.limit:
+            break
+        await asyncio.sleep(draw.uniform(0.0, 0.5))
+        host = f"host{draw.randrange(cluster.shape.hosts)}"
+        kill = await kill_and_return(cluster, traffic, host, numbers[i % len(numbers)])
+        kills.append(kill)
+        what = "{host}, {signal}, {pause_ms} ms; back after {back_s} s, {rejoin_ms} ms".format(**kill)
+        phases = ", ".join(f"{p} {loss[f'{p}_ms']}" for loss in kill["losses"] for p in PHASES)
+        say(f"{i + 1}: {what} ({phases})")
+        memory.append(await resident(cluster))
+    return kills, memory
+
+
+async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    shape = Shape.of(args, directory)
     jobs = make_jobs(64, args.seed)
     say(f"what {len(jobs)} requests give on one host; programs for {shape}")
     expected = await asyncio.to_thread(expected_outputs, jobs, shape)
     kills: list[dict[str, Any]] = []
+    memory: list[dict[str, int]] = []
+    rows: list[dict[str, Any]] = []
+    tallies, devices, restarted = [], set[str](), None
     begun = time.monotonic()
     say(f"starting {shape}; logs are in {directory}")
-    async with Cluster(shape, directory / "kills") as cluster:
-        await cluster.until(lambda s: s["survivable_without_compiling"] > 0, START, "programs of smaller meshes")
-        traffic = Traffic(cluster.address, jobs, expected, args.streams, HANG, retry=True)
-        traffic.start()
-        devices = sorted({rank["device"] for rank in (await cluster.status())["ranks"]})
-        await asyncio.sleep(5.0)
-        memory = [await resident(cluster)]
-        for i in range(args.kills):
-            if time.monotonic() - begun > args.limit:
-                break
-            await asyncio.sleep(draw.uniform(0.0, 0.5))
-            host = f"host{draw.randrange(shape.hosts)}"
-            kill = await kill_and_return(cluster, traffic, host, numbers[i % len(numbers)])
-            kills.append(kill)
-            what = "{host}, {signal}, {pause_ms} ms; back after {back_s} s, {rejoin_ms} ms".format(**kill)
-            phases = ", ".join(f"{p} {loss[f'{p}_ms']}" for loss in kill["losses"] for p in PHASES)
-            say(f"{i + 1}: {what} ({phases})")
-            memory.append(await resident(cluster))
-        restarted = await restart(cluster, traffic)
-        say(f"everything started again: {restarted} ms")
-        await traffic.stop()
-    tallies, rows = [traffic.tally], []
-    if args.losses:
-        async with Cluster(shape, directory / "losses", restart=False) as cluster:
-            traffic = Traffic(cluster.address, jobs, expected, args.streams, HANG)
+
+    @contextlib.asynccontextmanager
+    async def serving(name: str, restart: bool) -> AsyncIterator[tuple[Cluster, Traffic]]:
+        async with Cluster(shape, directory / name, restart=restart) as cluster:
+            await cluster.until(lambda s: s["survivable_without_compiling"] > 0, START, "programs of smaller meshes")
+            traffic = Traffic(cluster.address, jobs, expected, args.streams, HANG, retry=restart)
             traffic.start()
+            devices.update(rank["device"] for rank in (await cluster.status())["ranks"])
             await asyncio.sleep(5.0)
-            rows = await throughput(cluster, traffic, args.losses, args.seconds)
+            yield cluster, traffic
+            await traffic.stop()
             tallies.append(traffic.tally)
+
+    if args.kills:
+        async with serving("kills", restart=True) as (cluster, traffic):
+            kills, memory = await kill_in_turn(args, cluster, traffic, begun, say)
+            restarted = await restart(cluster, traffic)
+            say(f"everything started again: {restarted} ms")
+    if args.losses:
+        async with serving("losses", restart=False) as (cluster, traffic):
+            rows = await throughput(cluster, traffic, args.losses, args.seconds, say)
     pauses = [k["pause_ms"] for k in kills if k["pause_ms"] is not None]
     rejoins = [k["rejoin_ms"] for k in kills if k["rejoin_ms"] is not None]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **machine(),
-        "devices": devices,
+        "devices": sorted(devices),
         "compared": shape.exact,
         "shape": asdict(shape),
         "streams": args.streams,
@@ -202,9 +219,9 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
             for name in ("losses", "joins")
         },
         "compilations": sum(k["compilations"] for k in kills),
-        "memory_mib": {"before": memory[0], "after": memory[-1]},
+        "memory_mib": {"before": memory[0], "after": memory[-1]} if memory else None,
         "restart_ms": restarted,
-        "ratio": round(restarted / statistics.median(pauses), 1) if pauses else None,
+        "ratio": round(restarted / statistics.median(pauses), 1) if restarted and pauses else None,
         "throughput": rows,
         "tallies": [asdict(tally) for tally in tallies],
         "clean": all(tally.clean for tally in tallies),
@@ -238,15 +255,20 @@ def show(console: Console, r: dict[str, Any]) -> None:
     where = f"{r['cpu']}, {r['cores']} cores; {', '.join(r['devices'])}; {r['date']}; jax {r['jax']}"
     console.print(where, highlight=False, soft_wrap=True)
     table = Table("", "median", "worst", title=f"{shape}, {r['streams']} streams, {r['kills']} kills")
-    for name, title in (("pause_ms", "pause, ms"), ("rejoin_ms", "pause when it returns, ms"), ("back_s", "back, s")):
-        table.add_row(title, *(str(r[name].get(column, "–")) for column in ("median", "worst")))
-    table.add_section()
-    for phase in PHASES:
-        loss, join = (r["phases_ms"][name][phase] for name in ("losses", "joins"))
-        table.add_row(f"{phase}, ms (of a join)", f"{loss} ({join})", "")
-    table.add_section()
-    table.add_row("restart of everything, ms", str(r["restart_ms"]), "")
-    table.add_row("as many times the pause", str(r["ratio"]), "")
+    if r["kills"]:
+        for name, title in (
+            ("pause_ms", "pause, ms"),
+            ("rejoin_ms", "pause when it returns, ms"),
+            ("back_s", "back, s"),
+        ):
+            table.add_row(title, *(str(r[name].get(column, "–")) for column in ("median", "worst")))
+        table.add_section()
+        for phase in PHASES:
+            loss, join = (r["phases_ms"][name][phase] for name in ("losses", "joins"))
+            table.add_row(f"{phase}, ms (of a join)", f"{loss} ({join})", "")
+        table.add_section()
+        table.add_row("restart of everything, ms", str(r["restart_ms"]), "")
+        table.add_row("as many times the pause", str(r["ratio"]), "")
     for row in r["throughput"]:
         table.add_row(f"tokens/s, {row['when']}", str(row["tokens_per_second"]), "")
     console.print(table)
@@ -259,8 +281,10 @@ def show(console: Console, r: dict[str, Any]) -> None:
         for detail in tally["details"]:
             console.print(detail, markup=False)
     console.print(f"{r['compilations']} programs were compiled while it served")
-    changes = (f"{role} {r['memory_mib']['before'][role]} → {now}" for role, now in r["memory_mib"]["after"].items())
-    console.print(f"MiB of memory before and after the kills: {', '.join(changes)}")
+    if r["memory_mib"] is not None:
+        before, after = r["memory_mib"]["before"], r["memory_mib"]["after"]
+        changes = (f"{role} {before[role]} → {now}" for role, now in after.items())
+        console.print(f"MiB of memory before and after the kills: {', '.join(changes)}")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -282,7 +306,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="How long clients wait when a host is killed.", allow_abbrev=False)
     add_shape_options(parser, hosts=6)
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--kills", type=int, default=30, help="0: only what --losses measures")
     parser.add_argument("--limit", type=float, default=math.inf, metavar="S", help="no further kill after so long")
     parser.add_argument(
         "--losses", type=int, default=2, help="hosts that stay away, one after the other; 0: leave it out"
@@ -295,8 +319,8 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw tokens per second (needs moe-jax[plot])")
     parser.add_argument("--json", action="store_true", help="print one JSON line after the table")
     args = parser.parse_args()
-    if args.kills < 1:
-        parser.error(f"--kills: found {args.kills}, expected at least 1")
+    if args.kills < (0 if args.losses and args.plot is None else 1):
+        parser.error(f"--kills: found {args.kills}, expected at least 1, or 0 with --losses and without --plot")
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
