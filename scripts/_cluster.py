@@ -269,6 +269,12 @@ class Tally:
     hung: int = 0  # streams without a token for too long
     details: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.streams} streams, {self.tokens} tokens: {self.lost} lost, {self.duplicated} duplicated, "
+            f"{self.changed} changed; {self.texts} texts differ, {self.errors} errors, {self.hung} hung"
+        )
+
     @property
     def clean(self) -> bool:
         return not (self.lost or self.duplicated or self.changed or self.texts or self.errors or self.hung)

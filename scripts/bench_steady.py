@@ -150,10 +150,9 @@ def run_elastic(llm: Any, requests: int) -> float:
 def engine_threads() -> Iterator[tuple[int, int]]:
     """Of all engine processes of this machine: (rank, thread)."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        command = path.read_bytes().split(b"\0")
-        if b"serving.engine_process" in command:
-            rank = int(command[command.index(b"serving.engine_process") + 1])
-            yield from ((rank, int(task.name)) for task in (path.parent / "task").iterdir())
+        _, *command = path.read_bytes().split(b"\0")  # those of supervisors name the module, too, but not after -m
+        if command[1:3] == [b"-m", b"serving.engine_process"]:
+            yield from ((int(command[3]), int(task.name)) for task in (path.parent / "task").iterdir())
 
 
 def costs(config: dict[str, Any], replications: tuple[int, ...]) -> list[dict[str, float]]:

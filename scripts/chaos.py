@@ -32,6 +32,7 @@ from _cluster import (
     Cluster,
     Resources,
     Shape,
+    Tally,
     Traffic,
     add_shape_options,
     expected_outputs,
@@ -461,7 +462,7 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
                 if not event.recovered:
                     say(cluster.log_tail())
                     break
-            say("waiting for the last streams")
+            say(f"{traffic.tally} so far; waiting for the last streams")
             await traffic.stop()
             status = await cluster.status()
         finally:
@@ -500,14 +501,9 @@ def show(console: Console, result: dict[str, Any]) -> None:
         table.add_row(*Event(**fault).row())
     console.print(table)
     show_resources(console, result["resources"])
-    tally = result["tally"]
-    console.print(
-        "{streams} streams, {tokens} tokens: {lost} lost, {duplicated} duplicated, {changed} changed; {texts} texts "
-        "differ, {errors} errors, {hung} hung".format(**tally),
-        f"in {result['seconds']:.0f} s",
-        style="green" if result["ok"] else "bold red",
-    )
-    for detail in tally["details"]:
+    tally = Tally(**result["tally"])
+    console.print(f"{tally} in {result['seconds']:.0f} s", style="green" if result["ok"] else "bold red")
+    for detail in tally.details:
         console.print(detail, markup=False)
 
 
