@@ -4,6 +4,7 @@ import gc
 import threading
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -54,6 +55,26 @@ def test_nothing_is_compiled_while_serving(ranks: int, ahead: bool) -> None:
             found[event.request_id] = found.get(event.request_id, 0) + 1
     assert found == expected
     assert compilations.count == before
+
+
+def test_rehearsal_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU an engine that may be left alone one day runs its programs once before it serves."""
+    prompts = [[5, 6, 7], list(range(10, 80))]
+    expected = run(make_engine(), [request(f"r{i}", p) for i, p in enumerate(prompts)])
+    engine, ran = make_engine(), []
+    mesh = engine.mesh
+    engine.leave()
+    engine.rehearse()
+    assert engine.mesh is None and not ran  # on a CPU there is nothing to be gained
+    monkeypatch.setattr(engine, "warm_up", lambda warm_up=engine.warm_up: ran.append(engine.mesh) or warm_up())
+    with monkeypatch.context() as patch:
+        programs = {name: getattr(engine.programs, name) for name in ("wanted", "load", "load_all", "call")}
+        as_of_gpu = SimpleNamespace(kind="NVIDIA H200", missing=lambda programs: [], **programs)
+        patch.setattr(engine, "programs", as_of_gpu)
+        engine.rehearse()
+    assert engine.mesh is None and ran == [engine.own]
+    engine.enter(2, mesh, engine.slots)
+    assert run(engine, [request(f"r{i}", p) for i, p in enumerate(prompts)]) == expected
 
 
 @pytest.mark.parametrize("ranks", [1, 4])

@@ -15,6 +15,7 @@ from moe_jax.request import Request, SamplingParams, TokenEvent
 from moe_jax.scheduler import Limits
 from serving.cluster import Cluster, Repairs, keep_in_place
 from serving.coordinator import Coordinator, Watcher
+from serving.environment import Platform
 from serving.journal import Journal
 from serving.launcher import Launcher
 from serving.ledger import Entry
@@ -76,8 +77,11 @@ class Running:
         restart: bool = True,
         ranks: Sequence[int] | None = None,
         journal: Journal | None = None,
+        platform: Platform = "cpu",
     ) -> None:
+        """platform: what workers take the fake engines' to be."""
         self.cluster, self._restart, self._ranks, self._journal = cluster, restart, ranks, journal
+        self._platform: Platform = platform
         self.streams: dict[str, list[TokenEvent]] = {}
         self.entries: dict[str, Entry] = {}
         self.ended: list[tuple[int, int | None]] = []  # (rank, exit code) of workers
@@ -90,7 +94,7 @@ class Running:
         self.launcher = Launcher(
             address,
             self.cluster.rules.hosts,
-            "cpu",
+            self._platform,
             restart=self._restart,
             engine=self.cluster.engine,
             ended=lambda rank, code, what: self.ended.append((rank, code)),

@@ -78,9 +78,9 @@ def test_killed(rank, which):
     run(scenario, fake_cluster(FOUR, fake={"step": 0.005}))
 
 
-@pytest.mark.parametrize("which", ["engine", "supervisor"])
-def test_stopped(which):
-    """Started again: whoever is stopped is killed for it, and comes back."""
+@pytest.mark.parametrize("which, platform", [("engine", "cpu"), ("engine", "cuda"), ("supervisor", "cpu")])
+def test_stopped(which, platform):
+    """Started again: whoever is stopped is killed for it, and comes back; on a GPU an engine a little later."""
 
     async def scenario(r: Running) -> None:
         r.submit(8, 800)
@@ -92,7 +92,7 @@ def test_stopped(which):
         await r.serving(after=epoch + 1)
         assert not alive(engine) and not alive(supervisor)
 
-    run(scenario, fake_cluster(FOUR, fake={"step": 0.005}))
+    run(scenario, fake_cluster(FOUR, fake={"step": 0.005}), platform=platform)
 
 
 @pytest.mark.parametrize("which", ["engine", "supervisor"])
@@ -429,7 +429,13 @@ def test_worn_engines_are_replaced_one_by_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("serving.recycling._LOOK", 0.1)
 
     async def scenario(r: Running) -> None:
-        r.submit(8, 12000)  # they outlast all of this: without tokens there is no pause to be measured
+        async def keep_busy() -> None:  # without tokens there is no pause to be measured
+            while True:
+                r.submit(4, 400)
+                await asyncio.sleep(1.0)
+
+        busy = asyncio.create_task(keep_busy())
+        await asyncio.sleep(0)
         kill(r.engine(3), SIGKILL)  # an epoch more for the others, and another when it is back
         await r.serving(after=2)
         recycling = asyncio.create_task(recycle(r.coordinator, 2))
@@ -438,6 +444,7 @@ def test_worn_engines_are_replaced_one_by_one(monkeypatch: pytest.MonkeyPatch):
         recycling.cancel()
         await r.serving()
         await r.flowing()
+        busy.cancel()
         changes = r.status()["recoveries"]
         assert {x["cause"] for x in changes[1:]} == {"drain", "join"}
         assert max(x["pause_ms"] for x in changes[1:]) < 500
