@@ -253,12 +253,17 @@ def open_sockets() -> dict[str, int]:
 
 
 def _sockets(spared: Collection[str] = (), only: Collection[str] | None = None) -> Iterator[socket.socket]:
-    """This process's sockets but `spared`, or `only` these; each is closed again, and stays open where it is used."""
+    """This process's sockets but `spared`, or `only` these; each is closed again, and stays open where it is used.
+
+    Other threads close sockets and open new ones meanwhile, so a descriptor may be another socket's by now: of the
+    communicator that is being made, say, which would be rung in place of the one that is aborted.
+    """
     for name, fd in open_sockets().items():
         with contextlib.suppress(OSError):
             if name not in spared and (only is None or name in only):
                 with socket.socket(fileno=os.dup(fd)) as s:
-                    yield s
+                    if os.readlink(f"/proc/self/fd/{s.fileno()}") == name:
+                        yield s
 
 
 def shield_collectives(service_address: str) -> None:

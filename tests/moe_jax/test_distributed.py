@@ -195,6 +195,25 @@ def test_nobody_is_left_behind(when: str) -> None:
     assert service is not None
 
 
+def test_a_descriptor_that_is_another_sockets_by_now_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    """Other threads close sockets, and open new ones, between the look at a descriptor and its use."""
+    with socket.socket() as doomed, socket.socket() as new:
+        doomed.bind(("127.0.0.1", 0))
+        new.bind(("127.0.0.1", 0))
+        new.listen()
+        new.settimeout(0.2)
+        before = {name for name, fd in distributed.open_sockets().items() if fd == doomed.fileno()}
+
+        def late(fd: int, dup=os.dup) -> int:
+            os.dup2(new.fileno(), doomed.fileno())
+            return dup(fd)
+
+        monkeypatch.setattr(os, "dup", late)
+        assert not distributed.ring(before)
+        with pytest.raises(TimeoutError):
+            new.accept()
+
+
 def test_ring_until_nobody_is_left():
     """The sockets that are named, and no others, are called as long as they are open."""
     with socket.create_server(("127.0.0.1", 0)) as spared:
