@@ -58,6 +58,7 @@ _RING_SELDOM = 0.04  # seconds
 _END_CONNECTING = 3  # cuts after which a communicator that is being made is to be ended, too
 _SHIELD_EVERY = 0.005  # seconds, while sockets may be opening
 _BARRIER = 60.0  # seconds; the coordinator gives up on this rank before that
+_SLOW = 8.0  # seconds of entering an epoch after which the log says where; a little later the coordinator gives up
 _PREPARE_AFTER = 1.0  # seconds after a loss: until then the steps that make up for it have the machine
 _TICK = 0.002
 _SOON = 0.0005
@@ -254,6 +255,7 @@ class EngineLoop:
         nodes: list[int] = body["nodes"]
         mesh = self._active = _mesh(nodes)
         slots = np.array(body["slots"], np.int32)[:, body["order"]]
+        faulthandler.dump_traceback_later(_SLOW, file=sys.__stderr__ or sys.stderr)
         try:
             is_new = engine.mesh is None or engine.mesh.devices != mesh.devices
             if is_new:
@@ -271,6 +273,8 @@ class EngineLoop:
         except Aborted:
             engine.leave()
             return
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         if engine.epoch == number and engine.mesh is not None:
             if engine.programs.connects_ahead and not body["shrink"]:  # after a loss nobody shall wait again
                 ahead = body.get("ahead", ())[:_CONNECTED]
