@@ -8,7 +8,7 @@ Online softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867); split contexts: 
 
 import math
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,7 +24,6 @@ PAGE = 64  # positions in a page: wgmma's narrow side for scores, its depth for 
 ROWS = 64  # query rows of a warpgroup
 LOG2E = math.log2(math.e)
 UNSEEN = -1e30  # a finite start, so that a row that sees nothing stays finite
-WHOLE = 1.5 * 2**23  # added and taken away again it rounds a float32 to an integer
 SHARED_MEMORY = 224 * 1024  # bytes for queries, pages and exchanges; sums, barriers, alignment take the rest of 227 KiB
 
 
@@ -115,13 +114,11 @@ def paged_attention(
     height = min(rows, ROWS)
     room = 1 if mode == "values" else wgs  # for queries, and then for results
     width = value_dim // wgs if mode == "values" else value_dim
-    half = PAGE // wgs if mode == "values" else PAGE  # positions whose scores a warpgroup computes
     latent = values is None
     page_bytes = PAGE * 2 * (key_dim + (0 if latent else value_dim))
-    taken = room * ROWS * 2 * max(key_dim, value_dim) + (wgs * ROWS * half * 2 if mode == "values" else 0)
+    taken = room * ROWS * 2 * max(key_dim, value_dim)
     stages = min(8, (SHARED_MEMORY - taken) // page_bytes)
-    if apart:
-        stages -= stages % wgs  # each warpgroup has its own slots
+    stages -= stages % wgs if mode != "rows" else 0  # each warpgroup has its own slots
     if mode == "values" and not (latent and key_dim > value_dim):
         raise ValueError(f"value dim {value_dim}: expected at most 256, or values in longer keys")
     if stages < 2:
@@ -135,7 +132,7 @@ def paged_attention(
     group = (rows // tokens) if new_keys is not None else 1
 
     def body(
-        *refs: Any, q_s: Any, k_s: Any, v_s: Any, p_s: Any, l_s: Any, q_full: Any, full: Any, empty: Any, done: Any
+        *refs: Any, q_s: Any, k_s: Any, v_s: Any, l_s: Any, q_full: Any, full: Any, empty: Any, ready: Any, done: Any
     ) -> None:
         given = list(refs)
         q_g, k_g = given.pop(0), given.pop(0)
@@ -218,18 +215,16 @@ def paged_attention(
 
             lax.fori_loop(0, depth, drain, None)
 
-        @pl.when(wg < wgs)
-        def consume() -> None:
-            plgpu.set_max_registers(232, action="increase")
+        def consume(turn: Any) -> None:
+            """`turn` is the warpgroup's number, static where warpgroups do not all do the same."""
             by_row, square = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
             head, part, begin, old, total, real = span(wg)
             mine = 0 if mode == "values" else wg  # which queries
             rows_of = block * per_block + (wg if mode == "rows" else 0)
-            ahead = wg * half if mode == "values" else 0
-            column = plgpu.broadcasted_iota(jnp.int32, (ROWS, half), 1, layout=square) + ahead
+            column = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 1, layout=square)
             token: Any = None
             if nk_g is not None:
-                line = plgpu.broadcasted_iota(jnp.int32, (ROWS, half), 0, layout=square)
+                line = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 0, layout=square)
                 token = lax.div(line + rows_of * ROWS, jnp.int32(group))
             plgpu.barrier_wait(q_full)
 
@@ -238,35 +233,17 @@ def paged_attention(
                 plgpu.barrier_arrive(done)
                 plgpu.barrier_wait(done)
 
-            def others(x: jax.Array) -> jax.Array:
-                """What the other warpgroup has in place of x [ROWS]."""
-                l_s[wg] = x
-                meet()
-                return plgpu.load(l_s.at[1 - wg], layout=by_row)
-
-            def exchange(i: jax.Array, p: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array]:
-                """The other warpgroup's p [ROWS, half] and top [ROWS] for ours."""
-                pl.when(i > 0)(lambda: plgpu.barrier_wait(done))  # it has read what we wrote for the last page
-                p_s.at[wg][...] = p
-                l_s[wg] = top
-                plgpu.barrier_arrive(done)
-                plgpu.barrier_wait(done)
-                theirs = plgpu.load(p_s.at[1 - wg], layout=square), plgpu.load(l_s.at[1 - wg], layout=by_row)
-                plgpu.barrier_arrive(done)
-                return theirs
-
-            def per_page(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                acc, m, total_p, common = state
-                slot = lax.rem(i, depth) + (wg * depth if apart else 0)
+            def scores(i: jax.Array, slot: Any) -> jax.Array:
+                """Of page i [ROWS, PAGE], -inf where nothing is seen."""
                 plgpu.barrier_wait(full.at[slot])
 
-                def scores(s: Any) -> jax.Array:
+                def multiply(s: Any) -> jax.Array:
                     for j in range(key_dim // 64):
-                        plgpu.wgmma(s, q_s.at[mine, j], k_s.at[slot, pl.ds(j * 64, 64), pl.ds(ahead, half)])
+                        plgpu.wgmma(s, q_s.at[mine, j], k_s.at[slot, pl.ds(j * 64, 64)])
                     plgpu.wgmma_wait(0)
                     return s[...]
 
-                s = pl.run_scoped(scores, plgpu.ACC((ROWS, half), jnp.float32))
+                s = pl.run_scoped(multiply, plgpu.ACC((ROWS, PAGE), jnp.float32))
                 if nk_g is None:
                     visible = column + (begin + i) * PAGE < seen
                 else:
@@ -274,66 +251,89 @@ def paged_attention(
                     x = column + jnp.where(fresh, first_new + i - old, begin + i) * PAGE
                     end = jnp.where(fresh, row, seen) + token * fresh.astype(jnp.int32)
                     visible = (x >= jnp.where(fresh, first, 0)) & (x < end)
-                s = jnp.where(visible, s, -jnp.inf)
-                top = s.max(axis=1) * LOG2E
-                if mode == "values":
-                    top = top + WHOLE - WHOLE
-                top = jnp.maximum(m, top)
+                return jnp.where(visible, s, -jnp.inf)
+
+            def softmax(s: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+                """Weights relative to a maximum [ROWS] that is at least m, the maximum, and their sums."""
+                top = jnp.maximum(m, s.max(axis=1) * LOG2E)
                 p = jnp.exp2(s * LOG2E - lax.broadcast_in_dim(top, s.shape, [0]))
-                total_p = total_p * jnp.exp2(m - top) + p.sum(axis=1)
-                pairs: list[tuple[Any, Any]]
-                if mode == "values":  # each has half of the positions, relative to its own maximum, and needs both
-                    theirs, high = exchange(i, p.astype(dtype), top)
-                    level = jnp.maximum(top, high)
+                return p.astype(dtype), top, p.sum(axis=1)
 
-                    def at_level(x: jax.Array, of: jax.Array) -> jax.Array:
-                        """Exact, because maxima are integers."""
-                        y = x.astype(jnp.float32) * lax.broadcast_in_dim(jnp.exp2(of - level), x.shape, [0])
-                        return y.astype(dtype)
+            def weigh(acc: jax.Array, scale: jax.Array, p: jax.Array, slot: Any) -> jax.Array:
+                """acc [ROWS, width] times scale [ROWS], with the values of a page."""
+                acc = acc * lax.broadcast_in_dim(scale, acc.shape, [0])
+                from_ = turn * width if mode == "values" else 0
+                v = k_s.at[slot, pl.ds(from_, width)].T if latent else v_s.at[slot]
 
-                    columns = k_s.at[slot, pl.ds(wg * width, width)]
-                    pairs = [
-                        (at_level(x, of), columns.at[:, pl.ds(at, half)].T)
-                        for x, of, at in ((p, top, ahead), (theirs, high, half - ahead))
-                    ]
-                else:
-                    level = top
-                    pairs = [(p.astype(dtype), k_s.at[slot, pl.ds(0, width)].T if latent else v_s.at[slot])]
-                acc = acc * lax.broadcast_in_dim(jnp.exp2(common - level), acc.shape, [0])
-
-                def weigh(acc_ref: Any) -> None:
-                    for weights, seen_values in pairs:
-                        plgpu.wgmma(acc_ref, weights, seen_values)
+                def multiply(acc_ref: Any) -> None:
+                    plgpu.wgmma(acc_ref, p, v)
                     plgpu.wgmma_wait(0)
 
                 if interpret is not None:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
-                    for weights, seen_values in pairs:
-                        acc += jnp.dot(weights, seen_values[...], preferred_element_type=jnp.float32)
+                    acc += jnp.dot(p, v[...], preferred_element_type=jnp.float32)
                     plgpu.commit_smem()  # for its race detector, to which this is a read that a copy cannot wait for
                 elif width <= 128:
-                    acc += pl.run_scoped(lambda r: (weigh(r), r[...])[1], plgpu.ACC((ROWS, width), jnp.float32))
+                    acc += pl.run_scoped(lambda r: (multiply(r), r[...])[1], plgpu.ACC((ROWS, width), jnp.float32))
                 else:
-                    acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
+                    acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
                 plgpu.barrier_arrive(empty.at[slot])
-                return acc, top, total_p, level
+                return acc
 
-            start = (
+            def own(i: jax.Array, state: tuple[jax.Array, ...], slot: Any, s: jax.Array) -> tuple[jax.Array, ...]:
+                acc, m, total_p = state
+                p, top, sums = softmax(s, m)
+                if mode == "values":  # scores are all the page's last rows were for
+                    plgpu.commit_smem()
+                    k_s.at[slot, pl.ds(value_dim, ROWS)][...] = p
+                    l_s[turn] = top
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(ready.at[turn])
+                scale = jnp.exp2(m - top)
+                return weigh(acc, scale, p, slot), top, total_p * scale + sums
+
+            def other(state: tuple[jax.Array, ...], slot: Any) -> tuple[jax.Array, ...]:
+                acc, m, total_p = state
+                plgpu.barrier_wait(ready.at[slot])
+                top = plgpu.load(l_s.at[slot], layout=by_row)
+                p = plgpu.load(k_s.at[slot, pl.ds(value_dim, ROWS)], layout=square)
+                scale = jnp.exp2(m - top)
+                return weigh(acc, scale, p, slot), top, total_p * scale
+
+            def per_page(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                slot = lax.rem(i, depth) + (wg * depth if apart else 0)
+                return own(i, state, slot, scores(i, slot))
+
+            def per_pair(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                """Scores of a page each, values of both, in the pages' order."""
+                s = scores(2 * i + turn, turn)
+                if turn == 0:
+                    return other(own(i, state, 0, s), 1)
+                return own(i, other(state, 0), 1, s)
+
+            def last(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                """A page that is without a second."""
+                return own(i, state, 0, scores(total - 1, 0)) if turn == 0 else other(state, 0)
+
+            state = (
                 plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), square),
                 plgpu.layout_cast(jnp.full((ROWS,), UNSEEN, jnp.float32), by_row),
                 plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
-                plgpu.layout_cast(jnp.full((ROWS,), UNSEEN, jnp.float32), by_row),
             )
-            acc, m, total_p, common = lax.fori_loop(0, total, per_page, start)
             if mode == "values":
-                pl.when(total > 0)(lambda: plgpu.barrier_wait(done))
-                total_p *= jnp.exp2(m - common)
-                total_p += others(total_p)
-                meet()  # what was read may be written again; so may the queries, whose place results take
+                state = lax.fori_loop(0, lax.div(total, 2), per_pair, state)
+                acc, m, total_p = lax.fori_loop(0, lax.rem(total, 2), last, state)
+                meet()  # the queries' place may be written to, and what was exchanged
+                l_s[turn] = total_p
+                meet()
+                total_p += plgpu.load(l_s.at[1 - turn], layout=by_row)
+                meet()
+            else:
+                acc, m, total_p = lax.fori_loop(0, total, per_page, state)
             acc = acc * lax.broadcast_in_dim(1 / jnp.maximum(total_p, 1e-30), acc.shape, [0])
             shift = wg * (width // 64) if mode == "values" else 0
             for j in range(width // 64):
                 q_s.at[mine, shift + j][...] = acc[:, j * 64 : (j + 1) * 64].astype(dtype)
-            l_s[wg] = common + jnp.log2(total_p)
+            l_s[wg] = m + jnp.log2(total_p)
             plgpu.commit_smem()
 
             @pl.when(real)
@@ -348,8 +348,17 @@ def paged_attention(
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+        @pl.when(wg < wgs)
+        def _() -> None:
+            plgpu.set_max_registers(232, action="increase")
+            if mode == "values":
+                for turn in range(wgs):
+                    pl.when(wg == turn)(partial(consume, turn))
+            else:
+                consume(wg)
+
     def shared(*shape: int) -> Any:
-        tiling = plgpu.TilingTransform((8, half)), plgpu.SwizzleTransform(2 * half)
+        tiling = plgpu.TilingTransform((8, PAGE)), plgpu.SwizzleTransform(2 * PAGE)
         return plgpu.SMEM(shape, dtype, transforms=tiling)
 
     run = plgpu.kernel(
@@ -368,13 +377,13 @@ def paged_attention(
             q_s=shared(room, max(key_dim, value_dim) // 64, ROWS, 64),
             k_s=shared(stages, key_dim, PAGE),
             v_s=plgpu.SMEM((8,), jnp.float32) if latent else shared(stages, PAGE, value_dim),
-            p_s=shared(wgs, ROWS, half) if mode == "values" else plgpu.SMEM((8,), jnp.float32),
             l_s=plgpu.SMEM((wgs, ROWS), jnp.float32),
             q_full=plgpu.Barrier(num_arrivals=room * key_dim // 64),
             full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             empty=plgpu.ClusterBarrier(collective_axes=(shared_by,), num_arrivals=wgs, num_barriers=stages)
             if shared_by
             else plgpu.Barrier(num_arrivals=wgs // streams, num_barriers=stages),
+            ready=plgpu.Barrier(num_arrivals=1, num_barriers=wgs),
             done=plgpu.Barrier(num_arrivals=wgs),
         ),
         compiler_params=plgpu.CompilerParams(
