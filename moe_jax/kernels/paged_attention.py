@@ -125,7 +125,11 @@ def paged_attention(
         raise ValueError(f"key dim {key_dim} and value dim {value_dim}: two pages do not fit in shared memory")
     streams = wgs if apart else 1  # of pages
     depth = stages // streams
-    copies = -(-key_dim // 256) + (not latent)
+    # A page is copied in pieces, each with barriers of its own where warpgroups free them apart: either's values, and
+    # what is no value.
+    cuts = [0, width, value_dim, key_dim] if mode == "values" else [*range(0, key_dim, 256), key_dim]
+    pieces = [pl.ds(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    barriers = len(pieces) if mode == "values" else 1  # of a page
     pages = keys.shape[1]
     together = 2 if mode == "values" and blocks % 2 == 0 else 1  # blocks of threads that share copies of pages
     shared_by = "pair" if together > 1 else None
@@ -161,13 +165,15 @@ def paged_attention(
             real = head < kv_heads
             return _Span(jnp.minimum(head, kv_heads - 1), part, begin, old, jnp.where(real, total, 0), real)
 
-        def bring(source_k: Any, source_v: Any, base: jax.Array, slot: jax.Array) -> None:
-            for c in range(0, key_dim, 256):
-                rows_ = min(256, key_dim - c)
-                from_, to = source_k.at[pl.ds(base * key_dim + c, rows_)], k_s.at[slot, pl.ds(c, rows_)]
-                plgpu.copy_gmem_to_smem(from_, to, full.at[slot], collective_axes=shared_by)
+        def bring(source_k: Any, source_v: Any, base: jax.Array, slot: jax.Array, again: jax.Array) -> None:
+            for c, at in enumerate(pieces):
+                barrier = slot * barriers + c % barriers
+                if c < barriers:
+                    pl.when(again)(lambda at=barrier: plgpu.barrier_wait(empty.at[at]))
+                from_, to = source_k.at[pl.ds(base * key_dim + at.start, at.size)], k_s.at[slot, at]
+                plgpu.copy_gmem_to_smem(from_, to, full.at[barrier], collective_axes=shared_by)
             if source_v is not None:
-                plgpu.copy_gmem_to_smem(source_v.at[pl.ds(base * PAGE, PAGE)], v_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(source_v.at[pl.ds(base * PAGE, PAGE)], v_s.at[slot], full.at[slot * barriers])
 
         @pl.when(wg == wgs)
         def produce() -> None:
@@ -188,19 +194,15 @@ def paged_attention(
                 for w, (mine, page) in enumerate(zip(spans, now, strict=True)):
                     slot = w * depth + lax.rem(i, depth)
 
-                    @pl.when((i >= depth) & (i < mine.total))
-                    def _(slot: jax.Array = slot) -> None:
-                        plgpu.barrier_wait(empty.at[slot])
-
                     @pl.when(i < jnp.minimum(mine.old, mine.total))
                     def _(mine: _Span = mine, page: jax.Array = page, slot: jax.Array = slot) -> None:
-                        bring(k_g, v_g, (layer * pages + page) * kv_heads + mine.head, slot)
+                        bring(k_g, v_g, (layer * pages + page) * kv_heads + mine.head, slot, i >= depth)
 
                     if nk_g is not None:
 
                         @pl.when((i >= mine.old) & (i < mine.total))
                         def _(mine: _Span = mine, slot: jax.Array = slot) -> None:
-                            bring(nk_g, nv_g, (first_new + i - mine.old) * kv_heads + mine.head, slot)
+                            bring(nk_g, nv_g, (first_new + i - mine.old) * kv_heads + mine.head, slot, i >= depth)
 
                 return ahead
 
@@ -211,7 +213,8 @@ def paged_attention(
 
                     @pl.when(mine.total > j)
                     def _(w: int = w, total: jax.Array = mine.total) -> None:
-                        plgpu.barrier_wait(empty.at[w * depth + lax.rem(total - 1 - j, depth)])
+                        for c in range(barriers):
+                            plgpu.barrier_wait(empty.at[(w * depth + lax.rem(total - 1 - j, depth)) * barriers + c])
 
             lax.fori_loop(0, depth, drain, None)
 
@@ -235,11 +238,13 @@ def paged_attention(
 
             def scores(i: jax.Array, slot: Any) -> jax.Array:
                 """Of page i [ROWS, PAGE], -inf where nothing is seen."""
-                plgpu.barrier_wait(full.at[slot])
 
                 def multiply(s: Any) -> jax.Array:
-                    for j in range(key_dim // 64):
-                        plgpu.wgmma(s, q_s.at[mine, j], k_s.at[slot, pl.ds(j * 64, 64)])
+                    for c, at in enumerate(pieces):
+                        if c < barriers:
+                            plgpu.barrier_wait(full.at[slot * barriers + c])
+                        for j in range(at.start // 64, (at.start + at.size) // 64):
+                            plgpu.wgmma(s, q_s.at[mine, j], k_s.at[slot, pl.ds(j * 64, 64)])
                     plgpu.wgmma_wait(0)
                     return s[...]
 
@@ -276,7 +281,7 @@ def paged_attention(
                     acc += pl.run_scoped(lambda r: (multiply(r), r[...])[1], plgpu.ACC((ROWS, width), jnp.float32))
                 else:
                     acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
-                plgpu.barrier_arrive(empty.at[slot])
+                plgpu.barrier_arrive(empty.at[slot * barriers + (turn if mode == "values" else 0)])
                 return acc
 
             def own(i: jax.Array, state: tuple[jax.Array, ...], slot: Any, s: jax.Array) -> tuple[jax.Array, ...]:
@@ -296,6 +301,7 @@ def paged_attention(
                 plgpu.barrier_wait(ready.at[slot])
                 top = plgpu.load(l_s.at[slot], layout=by_row)
                 p = plgpu.load(k_s.at[slot, pl.ds(value_dim, ROWS)], layout=square)
+                plgpu.barrier_arrive(empty.at[slot * barriers + 2])
                 scale = jnp.exp2(m - top)
                 return weigh(acc, scale, p, slot), top, total_p * scale
 
@@ -379,10 +385,10 @@ def paged_attention(
             v_s=plgpu.SMEM((8,), jnp.float32) if latent else shared(stages, PAGE, value_dim),
             l_s=plgpu.SMEM((wgs, ROWS), jnp.float32),
             q_full=plgpu.Barrier(num_arrivals=room * key_dim // 64),
-            full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            empty=plgpu.ClusterBarrier(collective_axes=(shared_by,), num_arrivals=wgs, num_barriers=stages)
+            full=plgpu.Barrier(num_arrivals=len(pieces) // barriers + (not latent), num_barriers=stages * barriers),
+            empty=plgpu.ClusterBarrier(collective_axes=(shared_by,), num_arrivals=1, num_barriers=stages * barriers)
             if shared_by
-            else plgpu.Barrier(num_arrivals=wgs // streams, num_barriers=stages),
+            else plgpu.Barrier(num_arrivals=wgs if mode == "rows" else 1, num_barriers=stages * barriers),
             ready=plgpu.Barrier(num_arrivals=1, num_barriers=wgs),
             done=plgpu.Barrier(num_arrivals=wgs),
         ),
