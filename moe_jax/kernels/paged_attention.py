@@ -236,19 +236,15 @@ def paged_attention(
                 plgpu.barrier_arrive(done)
                 plgpu.barrier_wait(done)
 
-            def scores(i: jax.Array, slot: Any) -> jax.Array:
-                """Of page i [ROWS, PAGE], -inf where nothing is seen."""
+            def multiply_scores(s: Any, slot: Any) -> None:
+                for c, at in enumerate(pieces):
+                    if c < barriers:
+                        plgpu.barrier_wait(full.at[slot * barriers + c])
+                    for j in range(at.start // 64, (at.start + at.size) // 64):
+                        plgpu.wgmma(s, q_s.at[mine, j], k_s.at[slot, pl.ds(j * 64, 64)])
 
-                def multiply(s: Any) -> jax.Array:
-                    for c, at in enumerate(pieces):
-                        if c < barriers:
-                            plgpu.barrier_wait(full.at[slot * barriers + c])
-                        for j in range(at.start // 64, (at.start + at.size) // 64):
-                            plgpu.wgmma(s, q_s.at[mine, j], k_s.at[slot, pl.ds(j * 64, 64)])
-                    plgpu.wgmma_wait(0)
-                    return s[...]
-
-                s = pl.run_scoped(multiply, plgpu.ACC((ROWS, PAGE), jnp.float32))
+            def masked(s: jax.Array, i: jax.Array) -> jax.Array:
+                """Scores of page i [ROWS, PAGE], -inf where nothing is seen."""
                 if nk_g is None:
                     visible = column + (begin + i) * PAGE < seen
                 else:
@@ -257,6 +253,13 @@ def paged_attention(
                     end = jnp.where(fresh, row, seen) + token * fresh.astype(jnp.int32)
                     visible = (x >= jnp.where(fresh, first, 0)) & (x < end)
                 return jnp.where(visible, s, -jnp.inf)
+
+            def scores(i: jax.Array, slot: Any) -> jax.Array:
+                def multiply(s: Any) -> jax.Array:
+                    multiply_scores(s, slot)
+                    return s[...]
+
+                return masked(pl.run_scoped(multiply, plgpu.ACC((ROWS, PAGE), jnp.float32)), i)
 
             def softmax(s: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
                 """Weights relative to a maximum [ROWS] that is at least m, the maximum, and their sums."""
@@ -284,41 +287,75 @@ def paged_attention(
                 plgpu.barrier_arrive(empty.at[slot * barriers + (turn if mode == "values" else 0)])
                 return acc
 
-            def own(i: jax.Array, state: tuple[jax.Array, ...], slot: Any, s: jax.Array) -> tuple[jax.Array, ...]:
+            def publish(p: jax.Array, top: jax.Array, slot: Any) -> None:
+                """To the other warpgroup, in the page's last rows: scores are all that they were for."""
+                plgpu.commit_smem()
+                k_s.at[slot, pl.ds(value_dim, ROWS)][...] = p
+                l_s[turn] = top
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ready.at[turn])
+
+            def published(slot: Any) -> tuple[jax.Array, jax.Array]:
+                plgpu.barrier_wait(ready.at[slot])
+                top = plgpu.load(l_s.at[slot], layout=by_row)
+                p = plgpu.load(k_s.at[slot, pl.ds(value_dim, ROWS)], layout=square)
+                plgpu.barrier_arrive(empty.at[slot * barriers + 2])
+                return p, top
+
+            def own(i: jax.Array, state: tuple[jax.Array, ...], slot: Any) -> tuple[jax.Array, ...]:
                 acc, m, total_p = state
-                p, top, sums = softmax(s, m)
-                if mode == "values":  # scores are all the page's last rows were for
-                    plgpu.commit_smem()
-                    k_s.at[slot, pl.ds(value_dim, ROWS)][...] = p
-                    l_s[turn] = top
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(ready.at[turn])
+                p, top, sums = softmax(scores(i, slot), m)
+                if mode == "values":
+                    publish(p, top, slot)
                 scale = jnp.exp2(m - top)
                 return weigh(acc, scale, p, slot), top, total_p * scale + sums
 
             def other(state: tuple[jax.Array, ...], slot: Any) -> tuple[jax.Array, ...]:
                 acc, m, total_p = state
-                plgpu.barrier_wait(ready.at[slot])
-                top = plgpu.load(l_s.at[slot], layout=by_row)
-                p = plgpu.load(k_s.at[slot, pl.ds(value_dim, ROWS)], layout=square)
-                plgpu.barrier_arrive(empty.at[slot * barriers + 2])
+                p, top = published(slot)
                 scale = jnp.exp2(m - top)
                 return weigh(acc, scale, p, slot), top, total_p * scale
 
+            def other_and_own(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                """`other` of page i - 1, while which page i's scores are computed, and `own` of page i."""
+                acc, m, total_p = state
+
+                def both(s: Any) -> tuple[jax.Array, ...]:
+                    multiply_scores(s, 1)
+                    p, top = published(0)
+                    scale = jnp.exp2(m - top)
+                    before = acc * lax.broadcast_in_dim(scale, acc.shape, [0])
+
+                    def multiply(refs: Any) -> None:
+                        acc_ref, p_ref, top_ref, sums_ref = refs
+                        plgpu.wgmma(acc_ref, p, k_s.at[0, pl.ds(turn * width, width)].T)
+                        mine, high, sums = softmax(masked(plgpu.wgmma_accumulator_load(s, wait_n=1), i), top)
+                        publish(mine, high, 1)
+                        p_ref[...], top_ref[...], sums_ref[...] = mine, high, sums
+                        plgpu.wgmma_wait(0)
+
+                    after, mine, high, sums = pl.run_state(multiply)((plgpu.ACC.init(before), p, top, top))
+                    plgpu.barrier_arrive(empty.at[turn])
+                    last = jnp.exp2(top - high)
+                    return weigh(after, last, mine, 1), high, total_p * scale * last + sums
+
+                return pl.run_scoped(both, plgpu.ACC((ROWS, PAGE), jnp.float32))
+
             def per_page(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 slot = lax.rem(i, depth) + (wg * depth if apart else 0)
-                return own(i, state, slot, scores(i, slot))
+                return own(i, state, slot)
 
             def per_pair(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 """Scores of a page each, values of both, in the pages' order."""
-                s = scores(2 * i + turn, turn)
                 if turn == 0:
-                    return other(own(i, state, 0, s), 1)
-                return own(i, other(state, 0), 1, s)
+                    return other(own(2 * i, state, 0), 1)
+                if interpret is not None:
+                    return own(2 * i + 1, other(state, 0), 1)
+                return other_and_own(2 * i + 1, state)
 
             def last(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 """A page that is without a second."""
-                return own(i, state, 0, scores(total - 1, 0)) if turn == 0 else other(state, 0)
+                return own(total - 1, state, 0) if turn == 0 else other(state, 0)
 
             state = (
                 plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), square),
