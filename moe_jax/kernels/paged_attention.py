@@ -267,25 +267,33 @@ def paged_attention(
                 p = jnp.exp2(s * LOG2E - lax.broadcast_in_dim(top, s.shape, [0]))
                 return p.astype(dtype), top, p.sum(axis=1)
 
-            def weigh(acc: jax.Array, scale: jax.Array, p: jax.Array, slot: Any) -> jax.Array:
-                """acc [ROWS, width] times scale [ROWS], with the values of a page."""
+            def weigh(
+                acc: jax.Array, scale: jax.Array, p: jax.Array, slot: Any, meanwhile: Any = None
+            ) -> tuple[Any, ...]:
+                """acc [ROWS, width] times scale [ROWS], with the values of a page; and what `meanwhile` returns, which
+                has the types of p, scale, scale."""
                 acc = acc * lax.broadcast_in_dim(scale, acc.shape, [0])
                 from_ = turn * width if mode == "values" else 0
                 v = k_s.at[slot, pl.ds(from_, width)].T if latent else v_s.at[slot]
+                found = []
 
-                def multiply(acc_ref: Any) -> None:
-                    plgpu.wgmma(acc_ref, p, v)
+                def multiply(refs: Any) -> None:
+                    plgpu.wgmma(refs[0], p, v)
+                    for ref, x in zip(refs[1:], meanwhile() if meanwhile else (), strict=True):
+                        ref[...] = x
                     plgpu.wgmma_wait(0)
 
                 if interpret is not None:  # the interpreter (jax 0.11.2) multiplies only what is in shared memory
                     acc += jnp.dot(p, v[...], preferred_element_type=jnp.float32)
+                    found = meanwhile() if meanwhile else ()
                     plgpu.commit_smem()  # for its race detector, to which this is a read that a copy cannot wait for
                 elif width <= 128:
-                    acc += pl.run_scoped(lambda r: (multiply(r), r[...])[1], plgpu.ACC((ROWS, width), jnp.float32))
+                    acc += pl.run_scoped(lambda r: (multiply((r,)), r[...])[1], plgpu.ACC((ROWS, width), jnp.float32))
                 else:
-                    acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
+                    like = (p, scale, scale) if meanwhile else ()
+                    acc, *found = pl.run_state(multiply)((plgpu.ACC.init(acc), *like))
                 plgpu.barrier_arrive(empty.at[slot * barriers + (turn if mode == "values" else 0)])
-                return acc
+                return acc, *found
 
             def publish(p: jax.Array, top: jax.Array, slot: Any) -> None:
                 """To the other warpgroup, in the page's last rows: scores are all that they were for."""
@@ -308,13 +316,13 @@ def paged_attention(
                 if mode == "values":
                     publish(p, top, slot)
                 scale = jnp.exp2(m - top)
-                return weigh(acc, scale, p, slot), top, total_p * scale + sums
+                return *weigh(acc, scale, p, slot), top, total_p * scale + sums
 
             def other(state: tuple[jax.Array, ...], slot: Any) -> tuple[jax.Array, ...]:
                 acc, m, total_p = state
                 p, top = published(slot)
                 scale = jnp.exp2(m - top)
-                return weigh(acc, scale, p, slot), top, total_p * scale
+                return *weigh(acc, scale, p, slot), top, total_p * scale
 
             def other_and_own(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 """`other` of page i - 1, while which page i's scores are computed, and `own` of page i."""
@@ -323,21 +331,16 @@ def paged_attention(
                 def both(s: Any) -> tuple[jax.Array, ...]:
                     multiply_scores(s, 1)
                     p, top = published(0)
+
+                    def meanwhile() -> tuple[jax.Array, ...]:
+                        found = softmax(masked(plgpu.wgmma_accumulator_load(s, wait_n=1), i), top)
+                        publish(*found[:2], 1)
+                        return found
+
                     scale = jnp.exp2(m - top)
-                    before = acc * lax.broadcast_in_dim(scale, acc.shape, [0])
-
-                    def multiply(refs: Any) -> None:
-                        acc_ref, p_ref, top_ref, sums_ref = refs
-                        plgpu.wgmma(acc_ref, p, k_s.at[0, pl.ds(turn * width, width)].T)
-                        mine, high, sums = softmax(masked(plgpu.wgmma_accumulator_load(s, wait_n=1), i), top)
-                        publish(mine, high, 1)
-                        p_ref[...], top_ref[...], sums_ref[...] = mine, high, sums
-                        plgpu.wgmma_wait(0)
-
-                    after, mine, high, sums = pl.run_state(multiply)((plgpu.ACC.init(before), p, top, top))
-                    plgpu.barrier_arrive(empty.at[turn])
+                    after, mine, high, sums = weigh(acc, scale, p, 0, meanwhile)
                     last = jnp.exp2(top - high)
-                    return weigh(after, last, mine, 1), high, total_p * scale * last + sums
+                    return *weigh(after, last, mine, 1), high, total_p * scale * last + sums
 
                 return pl.run_scoped(both, plgpu.ACC((ROWS, PAGE), jnp.float32))
 
@@ -349,8 +352,6 @@ def paged_attention(
                 """Scores of a page each, values of both, in the pages' order."""
                 if turn == 0:
                     return other(own(2 * i, state, 0), 1)
-                if interpret is not None:
-                    return own(2 * i + 1, other(state, 0), 1)
                 return other_and_own(2 * i + 1, state)
 
             def last(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
