@@ -217,7 +217,7 @@ def test_paged_attention(shape: str) -> None:
     new_keys = random(2, 2, kv_heads, key_dim, 64, scale=0.3) if new else None
     new_values = random(3, 2, kv_heads, 64, value_dim) if new and not latent else None
     q = random(4, n, kv_heads, rows, key_dim)
-    tables = jnp.array(rng.integers(0, pages, (n, 12 if not latent else 3)), jnp.int32)
+    tables = jnp.array(rng.integers(0, pages, (n, 12 if not latent else 5)), jnp.int32)
     # One sequence is as long as a table, so that every page's place in shared memory is used again; one sees nothing.
     seen = np.array([64 * tables.shape[1] - 3, 0], np.int32)
     items = Queries(*(jnp.array(x, jnp.int32) for x in ([0, 1], seen, [5, 5], [5, 5 + tokens])))
