@@ -6,6 +6,7 @@ What it returns is normalised, with the logarithm of what was summed, so that pa
 Online softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867); split contexts: Flash-Decoding (Dao et al. 2023).
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -128,7 +129,7 @@ def paged_attention(
     # A page is copied in pieces, each with barriers of its own where warpgroups free them apart: either's values, and
     # what is no value.
     cuts = [0, width, value_dim, key_dim] if mode == "values" else [*range(0, key_dim, 256), key_dim]
-    pieces = [pl.ds(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    pieces = [(a, b - a) for a, b in itertools.pairwise(cuts)]  # first row, rows
     barriers = len(pieces) if mode == "values" else 1  # of a page
     pages = keys.shape[1]
     together = 2 if mode == "values" and blocks % 2 == 0 else 1  # blocks of threads that share copies of pages
@@ -166,11 +167,11 @@ def paged_attention(
             return _Span(jnp.minimum(head, kv_heads - 1), part, begin, old, jnp.where(real, total, 0), real)
 
         def bring(source_k: Any, source_v: Any, base: jax.Array, slot: jax.Array, again: jax.Array) -> None:
-            for c, at in enumerate(pieces):
+            for c, (at, rows_) in enumerate(pieces):
                 barrier = slot * barriers + c % barriers
                 if c < barriers:
                     pl.when(again)(lambda at=barrier: plgpu.barrier_wait(empty.at[at]))
-                from_, to = source_k.at[pl.ds(base * key_dim + at.start, at.size)], k_s.at[slot, at]
+                from_, to = source_k.at[pl.ds(base * key_dim + at, rows_)], k_s.at[slot, pl.ds(at, rows_)]
                 plgpu.copy_gmem_to_smem(from_, to, full.at[barrier], collective_axes=shared_by)
             if source_v is not None:
                 plgpu.copy_gmem_to_smem(source_v.at[pl.ds(base * PAGE, PAGE)], v_s.at[slot], full.at[slot * barriers])
@@ -231,16 +232,11 @@ def paged_attention(
                 token = lax.div(line + rows_of * ROWS, jnp.int32(group))
             plgpu.barrier_wait(q_full)
 
-            def meet() -> None:
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(done)
-                plgpu.barrier_wait(done)
-
             def multiply_scores(s: Any, slot: Any) -> None:
-                for c, at in enumerate(pieces):
+                for c, (at, rows_) in enumerate(pieces):
                     if c < barriers:
                         plgpu.barrier_wait(full.at[slot * barriers + c])
-                    for j in range(at.start // 64, (at.start + at.size) // 64):
+                    for j in range(at // 64, (at + rows_) // 64):
                         plgpu.wgmma(s, q_s.at[mine, j], k_s.at[slot, pl.ds(j * 64, 64)])
 
             def masked(s: jax.Array, i: jax.Array) -> jax.Array:
@@ -366,11 +362,11 @@ def paged_attention(
             if mode == "values":
                 state = lax.fori_loop(0, lax.div(total, 2), per_pair, state)
                 acc, m, total_p = lax.fori_loop(0, lax.rem(total, 2), last, state)
-                meet()  # the queries' place may be written to, and what was exchanged
-                l_s[turn] = total_p
-                meet()
-                total_p += plgpu.load(l_s.at[1 - turn], layout=by_row)
-                meet()
+                l_s[2 + turn] = total_p
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(done)
+                plgpu.barrier_wait(done)  # from here on the queries' place may be written to
+                total_p += plgpu.load(l_s.at[3 - turn], layout=by_row)
             else:
                 acc, m, total_p = lax.fori_loop(0, total, per_page, state)
             acc = acc * lax.broadcast_in_dim(1 / jnp.maximum(total_p, 1e-30), acc.shape, [0])
@@ -421,7 +417,7 @@ def paged_attention(
             q_s=shared(room, max(key_dim, value_dim) // 64, ROWS, 64),
             k_s=shared(stages, key_dim, PAGE),
             v_s=plgpu.SMEM((8,), jnp.float32) if latent else shared(stages, PAGE, value_dim),
-            l_s=plgpu.SMEM((wgs, ROWS), jnp.float32),
+            l_s=plgpu.SMEM((2 * wgs, ROWS), jnp.float32),
             q_full=plgpu.Barrier(num_arrivals=room * key_dim // 64),
             full=plgpu.Barrier(num_arrivals=len(pieces) // barriers + (not latent), num_barriers=stages * barriers),
             empty=plgpu.ClusterBarrier(collective_axes=(shared_by,), num_arrivals=1, num_barriers=stages * barriers)
