@@ -237,7 +237,7 @@ def paged_attention(
                     if c < barriers:
                         plgpu.barrier_wait(full.at[slot * barriers + c])
                     for j in range(at // 64, (at + rows_) // 64):
-                        plgpu.wgmma(s, q_s.at[mine, j], k_s.at[slot, pl.ds(j * 64, 64)])
+                        plgpu.wgmma(s, q_s.at[slot - turn if mode == "values" else wg, j], k_s.at[slot, pl.ds(j * 64, 64)])
 
             def masked(s: jax.Array, i: jax.Array) -> jax.Array:
                 """Scores of page i [ROWS, PAGE], -inf where nothing is seen."""
@@ -320,23 +320,23 @@ def paged_attention(
                 scale = jnp.exp2(m - top)
                 return *weigh(acc, scale, p, slot), top, total_p * scale
 
-            def other_and_own(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            def other_and_own(i: jax.Array, state: tuple[jax.Array, ...], before: Any, slot: Any) -> tuple[jax.Array, ...]:
                 """`other` of page i - 1, while which page i's scores are computed, and `own` of page i."""
                 acc, m, total_p = state
 
                 def both(s: Any) -> tuple[jax.Array, ...]:
-                    multiply_scores(s, 1)
-                    p, top = published(0)
+                    multiply_scores(s, slot)
+                    p, top = published(before)
 
                     def meanwhile() -> tuple[jax.Array, ...]:
                         found = softmax(masked(plgpu.wgmma_accumulator_load(s, wait_n=1), i), top)
-                        publish(*found[:2], 1)
+                        publish(*found[:2], slot)
                         return found
 
                     scale = jnp.exp2(m - top)
-                    after, mine, high, sums = weigh(acc, scale, p, 0, meanwhile)
+                    after, mine, high, sums = weigh(acc, scale, p, before, meanwhile)
                     last = jnp.exp2(top - high)
-                    return *weigh(after, last, mine, 1), high, total_p * scale * last + sums
+                    return *weigh(after, last, mine, slot), high, total_p * scale * last + sums
 
                 return pl.run_scoped(both, plgpu.ACC((ROWS, PAGE), jnp.float32))
 
@@ -344,15 +344,23 @@ def paged_attention(
                 slot = lax.rem(i, depth) + (wg * depth if apart else 0)
                 return own(i, state, slot)
 
+            # 0, which a compiler does not see: it would keep all addresses over the loop, more than there are registers.
+            never = lax.shift_right_logical(seen, 30)
+
             def per_pair(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 """Scores of a page each, values of both, in the pages' order."""
+                *state, slot = state
                 if turn == 0:
-                    return other(own(2 * i, state, 0), 1)
-                return other_and_own(2 * i + 1, state)
+                    found = other(own(2 * i, tuple(state), slot), slot + 1)
+                else:
+                    found = other_and_own(2 * i + 1, tuple(state), slot, slot + 1)
+                return *found, slot + never
 
             def last(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 """A page that is without a second."""
-                return own(total - 1, state, 0) if turn == 0 else other(state, 0)
+                *state, slot = state
+                found = own(total - 1, tuple(state), slot) if turn == 0 else other(tuple(state), slot)
+                return *found, slot + never
 
             state = (
                 plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), square),
@@ -360,8 +368,8 @@ def paged_attention(
                 plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
             )
             if mode == "values":
-                state = lax.fori_loop(0, lax.div(total, 2), per_pair, state)
-                acc, m, total_p = lax.fori_loop(0, lax.rem(total, 2), last, state)
+                pairs = lax.fori_loop(0, lax.div(total, 2), per_pair, (*state, jnp.int32(0)))
+                acc, m, total_p, _ = lax.fori_loop(0, lax.rem(total, 2), last, pairs)
                 l_s[2 + turn] = total_p
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(done)
