@@ -1,13 +1,16 @@
 """Attention over the pages of the KV cache for Hopper, for decode rows and prefill tiles, grouped-query and latent.
 
 A warpgroup takes up to 64 query rows (the heads of a group, of one token or of several) and visits pages of 64
-positions, which copies bring in a few ahead. Long contexts are split over warpgroups.
+positions, which copies bring in a few ahead. Long contexts are split over warpgroups. Latent values are as wide as the
+accumulators of two: each scores every other page, hands its weights to the other through the page's last rows, and
+takes half of the values of all pages, so that one multiplies while the other is at its softmax.
 What it returns is normalised, with the logarithm of what was summed, so that parts can be put together (`merge`).
 Online softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867); split contexts: Flash-Decoding (Dao et al. 2023).
 """
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
@@ -25,7 +28,7 @@ PAGE = 64  # positions in a page: wgmma's narrow side for scores, its depth for 
 ROWS = 64  # query rows of a warpgroup
 LOG2E = math.log2(math.e)
 UNSEEN = -1e30  # a finite start, so that a row that sees nothing stays finite
-SHARED_MEMORY = 224 * 1024  # bytes for queries, pages and exchanges; sums, barriers, alignment take the rest of 227 KiB
+SHARED_MEMORY = 224 * 1024  # bytes for queries and pages; sums, barriers and alignment take the rest of 227 KiB
 
 
 @jax.tree_util.register_dataclass
@@ -118,10 +121,11 @@ def paged_attention(
     latent = values is None
     page_bytes = PAGE * 2 * (key_dim + (0 if latent else value_dim))
     taken = room * ROWS * 2 * max(key_dim, value_dim)
-    stages = min(8, (SHARED_MEMORY - taken) // page_bytes)
-    stages -= stages % wgs if mode != "rows" else 0  # each warpgroup has its own slots
-    if mode == "values" and not (latent and key_dim > value_dim):
-        raise ValueError(f"value dim {value_dim}: expected at most 256, or values in longer keys")
+    stages = min(wgs if mode == "values" else 8, (SHARED_MEMORY - taken) // page_bytes)
+    if apart:
+        stages -= stages % wgs  # each warpgroup has its own slots
+    if mode == "values" and not (latent and key_dim > value_dim and value_dim % (64 * wgs) == 0):
+        raise ValueError(f"value dim {value_dim}: expected at most 256, or a multiple of 128 in longer keys")
     if stages < 2:
         raise ValueError(f"key dim {key_dim} and value dim {value_dim}: two pages do not fit in shared memory")
     streams = wgs if apart else 1  # of pages
@@ -223,8 +227,8 @@ def paged_attention(
             """`turn` is the warpgroup's number, static where warpgroups do not all do the same."""
             by_row, square = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
             head, part, begin, old, total, real = span(wg)
-            mine = 0 if mode == "values" else wg  # which queries
             rows_of = block * per_block + (wg if mode == "rows" else 0)
+            column_of = turn * width if mode == "values" else 0  # of values
             column = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 1, layout=square)
             token: Any = None
             if nk_g is not None:
@@ -232,12 +236,13 @@ def paged_attention(
                 token = lax.div(line + rows_of * ROWS, jnp.int32(group))
             plgpu.barrier_wait(q_full)
 
-            def multiply_scores(s: Any, slot: Any) -> None:
+            def multiply_scores(s: Any, slot: jax.Array) -> None:
+                queries = slot - turn if mode == "values" else wg
                 for c, (at, rows_) in enumerate(pieces):
                     if c < barriers:
                         plgpu.barrier_wait(full.at[slot * barriers + c])
                     for j in range(at // 64, (at + rows_) // 64):
-                        plgpu.wgmma(s, q_s.at[slot - turn if mode == "values" else wg, j], k_s.at[slot, pl.ds(j * 64, 64)])
+                        plgpu.wgmma(s, q_s.at[queries, j], k_s.at[slot, pl.ds(j * 64, 64)])
 
             def masked(s: jax.Array, i: jax.Array) -> jax.Array:
                 """Scores of page i [ROWS, PAGE], -inf where nothing is seen."""
@@ -250,7 +255,7 @@ def paged_attention(
                     visible = (x >= jnp.where(fresh, first, 0)) & (x < end)
                 return jnp.where(visible, s, -jnp.inf)
 
-            def scores(i: jax.Array, slot: Any) -> jax.Array:
+            def scores(i: jax.Array, slot: jax.Array) -> jax.Array:
                 def multiply(s: Any) -> jax.Array:
                     multiply_scores(s, slot)
                     return s[...]
@@ -264,14 +269,13 @@ def paged_attention(
                 return p.astype(dtype), top, p.sum(axis=1)
 
             def weigh(
-                acc: jax.Array, scale: jax.Array, p: jax.Array, slot: Any, meanwhile: Any = None
+                acc: jax.Array, scale: jax.Array, p: jax.Array, slot: jax.Array, meanwhile: Any = None
             ) -> tuple[Any, ...]:
                 """acc [ROWS, width] times scale [ROWS], with the values of a page; and what `meanwhile` returns, which
                 has the types of p, scale, scale."""
                 acc = acc * lax.broadcast_in_dim(scale, acc.shape, [0])
-                from_ = turn * width if mode == "values" else 0
-                v = k_s.at[slot, pl.ds(from_, width)].T if latent else v_s.at[slot]
-                found = []
+                v = k_s.at[slot, pl.ds(column_of, width)].T if latent else v_s.at[slot]
+                found: Any = ()
 
                 def multiply(refs: Any) -> None:
                     plgpu.wgmma(refs[0], p, v)
@@ -291,7 +295,7 @@ def paged_attention(
                 plgpu.barrier_arrive(empty.at[slot * barriers + (turn if mode == "values" else 0)])
                 return acc, *found
 
-            def publish(p: jax.Array, top: jax.Array, slot: Any) -> None:
+            def publish(p: jax.Array, top: jax.Array, slot: jax.Array) -> None:
                 """To the other warpgroup, in the page's last rows: scores are all that they were for."""
                 plgpu.commit_smem()
                 k_s.at[slot, pl.ds(value_dim, ROWS)][...] = p
@@ -299,14 +303,14 @@ def paged_attention(
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[turn])
 
-            def published(slot: Any) -> tuple[jax.Array, jax.Array]:
+            def published(slot: jax.Array) -> tuple[jax.Array, jax.Array]:
                 plgpu.barrier_wait(ready.at[slot])
                 top = plgpu.load(l_s.at[slot], layout=by_row)
                 p = plgpu.load(k_s.at[slot, pl.ds(value_dim, ROWS)], layout=square)
                 plgpu.barrier_arrive(empty.at[slot * barriers + 2])
                 return p, top
 
-            def own(i: jax.Array, state: tuple[jax.Array, ...], slot: Any) -> tuple[jax.Array, ...]:
+            def own(i: jax.Array, state: Sequence[jax.Array], slot: jax.Array) -> tuple[jax.Array, ...]:
                 acc, m, total_p = state
                 p, top, sums = softmax(scores(i, slot), m)
                 if mode == "values":
@@ -314,14 +318,16 @@ def paged_attention(
                 scale = jnp.exp2(m - top)
                 return *weigh(acc, scale, p, slot), top, total_p * scale + sums
 
-            def other(state: tuple[jax.Array, ...], slot: Any) -> tuple[jax.Array, ...]:
+            def other(state: Sequence[jax.Array], slot: jax.Array) -> tuple[jax.Array, ...]:
                 acc, m, total_p = state
                 p, top = published(slot)
                 scale = jnp.exp2(m - top)
                 return *weigh(acc, scale, p, slot), top, total_p * scale
 
-            def other_and_own(i: jax.Array, state: tuple[jax.Array, ...], before: Any, slot: Any) -> tuple[jax.Array, ...]:
-                """`other` of page i - 1, while which page i's scores are computed, and `own` of page i."""
+            def other_and_own(
+                i: jax.Array, state: Sequence[jax.Array], before: jax.Array, slot: jax.Array
+            ) -> tuple[jax.Array, ...]:
+                """`other` of page i - 1 and `own` of page i, whose scores and softmax run beside the former."""
                 acc, m, total_p = state
 
                 def both(s: Any) -> tuple[jax.Array, ...]:
@@ -344,23 +350,21 @@ def paged_attention(
                 slot = lax.rem(i, depth) + (wg * depth if apart else 0)
                 return own(i, state, slot)
 
-            # 0, which a compiler does not see: it would keep all addresses over the loop, more than there are registers.
+            # The first of the two slots stays 0. Were that known when compiled, addresses of all products would be kept
+            # over the loop: more than there are registers, and what spills has no room in L1 beside shared memory.
             never = lax.shift_right_logical(seen, 30)
 
             def per_pair(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 """Scores of a page each, values of both, in the pages' order."""
-                *state, slot = state
+                *now, slot = state
                 if turn == 0:
-                    found = other(own(2 * i, tuple(state), slot), slot + 1)
-                else:
-                    found = other_and_own(2 * i + 1, tuple(state), slot, slot + 1)
-                return *found, slot + never
+                    return *other(own(2 * i, now, slot), slot + 1), slot + never
+                return *other_and_own(2 * i + 1, now, slot, slot + 1), slot + never
 
             def last(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 """A page that is without a second."""
-                *state, slot = state
-                found = own(total - 1, tuple(state), slot) if turn == 0 else other(tuple(state), slot)
-                return *found, slot + never
+                *now, slot = state
+                return *(own(total - 1, now, slot) if turn == 0 else other(now, slot)), slot + never
 
             state = (
                 plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), square),
@@ -378,17 +382,17 @@ def paged_attention(
             else:
                 acc, m, total_p = lax.fori_loop(0, total, per_page, state)
             acc = acc * lax.broadcast_in_dim(1 / jnp.maximum(total_p, 1e-30), acc.shape, [0])
-            shift = wg * (width // 64) if mode == "values" else 0
-            for j in range(width // 64):
-                q_s.at[mine, shift + j][...] = acc[:, j * 64 : (j + 1) * 64].astype(dtype)
+            results = [(0 if mode == "values" else wg, column_of // 64 + j) for j in range(width // 64)]
+            for j, at in enumerate(results):
+                q_s.at[at][...] = acc[:, j * 64 : (j + 1) * 64].astype(dtype)
             l_s[wg] = m + jnp.log2(total_p)
             plgpu.commit_smem()
 
             @pl.when(real)
             def _() -> None:
-                for j in range(width // 64):
-                    to = o_g.at[item, part, head, pl.ds(rows_of * height, height), pl.ds((shift + j) * 64, 64)]
-                    plgpu.copy_smem_to_gmem(q_s.at[mine, shift + j, pl.ds(0, height)], to)
+                for at in results:
+                    to = o_g.at[item, part, head, pl.ds(rows_of * height, height), pl.ds(at[1] * 64, 64)]
+                    plgpu.copy_smem_to_gmem(q_s.at[*at, pl.ds(0, height)], to)
 
             @pl.when(real & ((wg == 0) | (mode != "values")))
             def _() -> None:
