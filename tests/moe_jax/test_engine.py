@@ -63,6 +63,7 @@ def test_rehearsal_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(make_engine(), [request(f"r{i}", p) for i, p in enumerate(prompts)])
     engine, ran = make_engine(), []
     mesh = engine.mesh
+    assert mesh is not None
     engine.leave()
     engine.rehearse()
     assert engine.mesh is None and not ran  # on a CPU there is nothing to be gained
