@@ -259,11 +259,15 @@ def _sockets(spared: Collection[str] = (), only: Collection[str] | None = None) 
     communicator that is being made, say, which would be rung in place of the one that is aborted.
     """
     for name, fd in open_sockets().items():
+        if name in spared or (only is not None and name not in only):
+            continue
         with contextlib.suppress(OSError):
-            if name not in spared and (only is None or name in only):
-                with socket.socket(fileno=os.dup(fd)) as s:
-                    if os.readlink(f"/proc/self/fd/{s.fileno()}") == name:
-                        yield s
+            held = os.dup(fd)
+            if os.readlink(f"/proc/self/fd/{held}") != name:
+                os.close(held)
+                continue
+            with socket.socket(fileno=held) as s:
+                yield s
 
 
 def shield_collectives(service_address: str) -> None:

@@ -19,6 +19,7 @@ are experts, the other with just as many, take turns at decoding the same reques
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -148,11 +149,19 @@ def run_elastic(llm: Any, requests: int) -> float:
 
 
 def engine_threads() -> Iterator[tuple[int, int]]:
-    """Of all engine processes of this machine: (rank, thread)."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        _, *command = path.read_bytes().split(b"\0")  # those of supervisors name the module, too, but not after -m
-        if command[1:3] == [b"-m", b"serving.engine_process"]:
-            yield from ((int(command[3]), int(task.name)) for task in (path.parent / "task").iterdir())
+    """Of this process's engines: (rank, thread)."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            _, *command = (path / "cmdline").read_bytes().split(b"\0")
+            # Those of supervisors name the module, too, but not after -m.
+            if command[1:3] == [b"-m", b"serving.engine_process"] and os.getpid() in ancestors(int(path.name)):
+                yield from ((int(command[3]), int(task.name)) for task in (path / "task").iterdir())
+
+
+def ancestors(pid: int) -> Iterator[int]:
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        yield pid
 
 
 def costs(config: dict[str, Any], replications: tuple[int, ...]) -> list[dict[str, float]]:
@@ -275,6 +284,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.cores is not None and not args.hosts <= args.cores < (most := len(os.sched_getaffinity(0))):
         parser.error(f"--cores: found {args.cores}, expected {args.hosts} to {most - 1}: one a host, and one left")
+    if args.cores is not None and args.cores % args.hosts:
+        parser.error(f"--cores: found {args.cores}, expected a multiple of {args.hosts} hosts: all have as many")
     options: dict[str, Any] = {"load_format": "auto", "max_batch": -(-args.requests // 16) * 16}
     with tempfile.TemporaryDirectory() as directory:
         model = "demo"

@@ -58,7 +58,7 @@ _RING_SELDOM = 0.04  # seconds
 _END_CONNECTING = 3  # cuts after which a communicator that is being made is to be ended, too
 _SHIELD_EVERY = 0.005  # seconds, while sockets may be opening
 _BARRIER = 60.0  # seconds; the coordinator gives up on this rank before that
-_SLOW = 8.0  # seconds of entering an epoch after which the log says where; a little later the coordinator gives up
+_SLOW = 5.0  # seconds of entering an epoch after which the log says where; some seconds later the coordinator gives up
 _PREPARE_AFTER = 1.0  # seconds after a loss: until then the steps that make up for it have the machine
 _TICK = 0.002
 _SOON = 0.0005
@@ -89,6 +89,7 @@ class EngineLoop:
         self._sockets: dict[ExpertMesh, set[str]] = {}  # of the meshes' communicators; on GPUs
         self._connecting: ExpertMesh | None = None  # whose communicator is being made
         self._done: tuple[dict[str, Any], list[TokenEvent]] | None = None  # a step whose tokens have not been sent
+        self._level = 0  # of the last step that was begun
         self._said = self._shielded = time.monotonic()
         self.about: Callable[[], dict[str, Any]] = dict  # what else to say to a new coordinator
 
@@ -245,6 +246,7 @@ class EngineLoop:
         body = self._epoch
         assert body is not None
         self._epoch, engine, number = None, self.engine, body["number"]
+        self._tell()
         self._unconnected.clear()
         self._note_sockets(self._active)
         if self.rank not in body["order"]:
@@ -311,11 +313,14 @@ class EngineLoop:
         one that is not in such a mesh waits in the step."""
         engine, number = self.engine, self.engine.epoch
         while self._unconnected and engine.mesh is not None and (engine.level, engine.epoch_agreed) == (0, number):
+            self._tell()
             mesh = self._unconnected.popleft()
             self._note_sockets(self._active)
-            if not mesh.local or self._together(lambda mesh=mesh: engine.connect(mesh)):
-                self._note_sockets(mesh)
-                self.step()
+            with self._connect(mesh) if mesh.local else nullcontext():
+                if mesh.local and not self._together(lambda mesh=mesh: engine.connect(mesh)):
+                    return
+            self._note_sockets(mesh)
+            self.step()
 
     def _note_sockets(self, mesh: ExpertMesh | None) -> None:
         """Whatever sockets are new are those of this mesh's communicator."""
@@ -373,6 +378,9 @@ class EngineLoop:
         engine = self.engine
 
         def take() -> None:
+            if engine.level != self._level:  # another program: it may have to be loaded, or its code on a GPU
+                self._level = engine.level
+                self._tell()
             engine.begin(ahead=True)
             self._tell()
             events = engine.finish()

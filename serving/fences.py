@@ -68,6 +68,8 @@ class Fences:
         return fenced
 
     def forget(self, generation: int) -> None:
-        """Its service is no more."""
+        """Its service is no more, and so are the engines that had joined it."""
         self._asked = {key: waiting for key, waiting in self._asked.items() if key[0] != generation}
         self._held = [(service, node) for service, node in self._held if service.generation != generation]
+        if not self._held:
+            self._busy.clear()
