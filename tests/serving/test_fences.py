@@ -19,11 +19,16 @@ ACTS = st.lists(
 )
 
 
+def noting() -> tuple[Any, list[int]]:
+    """A service, and the nodes that it has been asked to fence."""
+    asked: list[int] = []
+    return SimpleNamespace(generation=1, open=True, fence=asked.append), asked
+
+
 @settings(max_examples=500)
 @given(ACTS, st.booleans())
 def test_each_is_asked_once_and_not_before_the_others_have_halted(acts, patient):
-    asked: list[int] = []
-    service: Any = SimpleNamespace(generation=1, open=True, fence=asked.append)
+    service, asked = noting()
 
     async def play() -> None:
         fences, busy, held, added = Fences(60.0 if patient else 0.0), set(), [], []
@@ -57,8 +62,7 @@ def test_each_is_asked_once_and_not_before_the_others_have_halted(acts, patient)
 
 def test_survivors_are_waited_for_whoever_reports_first():
     """A collective's failure is reported, and ends the epoch, before anyone knows which rank is lost."""
-    asked: list[int] = []
-    service: Any = SimpleNamespace(generation=1, open=True, fence=asked.append)
+    service, asked = noting()
 
     async def play() -> None:
         fences = Fences(60.0)
@@ -76,8 +80,7 @@ def test_survivors_are_waited_for_whoever_reports_first():
 
 
 def test_a_service_that_is_no_more_is_not_asked():
-    asked: list[int] = []
-    service: Any = SimpleNamespace(generation=1, open=True, fence=asked.append)
+    service, asked = noting()
 
     async def play() -> None:
         fences = Fences(60.0)
