@@ -87,7 +87,7 @@ class Shape:
         """What was given for `add_shape_options`. directory: where a model of random weights is described."""
         given = vars(args)
         shape = Shape(**{f.name: given[f.name] for f in fields(Shape) if f.name in given})
-        if args.shape == "demo":
+        if args.shape == "demo" and args.layers is None:
             return shape
         model = write_model(args.shape, args.layers, directory / "model")
         return replace(
@@ -121,7 +121,7 @@ class Shape:
     @property
     def exact(self) -> bool:
         """Whether a request gives the same bits wherever and with whatever it runs, so that it is known beforehand."""
-        return self.load_format is None and (self.on_cpu if self.deterministic is None else self.deterministic)
+        return (self.on_cpu and self.load_format is None) if self.deterministic is None else self.deterministic
 
     def __str__(self) -> str:
         each = f" of {self.ranks_per_host} ranks" if self.ranks_per_host > 1 else ""
@@ -228,8 +228,10 @@ def _compile(shape: Shape) -> None:
     from moe_jax.warmup import Spec, ensure
     from serving import server
 
+    engine = shape.options()
+    own = {"load_format": engine.pop("load_format", "auto")}
     options = server.Options(
-        model_directory(shape.model), "", "cpu", shape.hosts, shape.ranks_per_host, engine=shape.options()
+        model_directory(shape.model), "", "cpu", shape.hosts, shape.ranks_per_host, engine=engine, **own
     )
     start = server.prepare(options)[0].start
     if start["cache"] is not None:

@@ -81,4 +81,4 @@ def write_model(name: str, layers: int | None, directory: Path) -> Path:
 
 def add_model_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--shape", choices=("demo", *SHAPES), default="demo", help="random weights, but for the demo")
-    parser.add_argument("--layers", type=int, help="of the shape: fewer")
+    parser.add_argument("--layers", type=int, help="of the shape: fewer; of the demo's, too, then with random weights")

@@ -9,8 +9,8 @@ stay away until they are let back, shows what a loss costs in tokens per second.
 
 A pause is the longest gap between two tokens of any stream that its client saw. The phases are what status says.
 
---shape takes one of bench_serving.py's models with random weights instead of the demo. Which tokens it should give is
-known on a CPU alone; on a GPU, where products are rounded as they come, tokens are counted and not compared.
+--shape takes one of bench_serving.py's models with random weights instead of the demo. Tokens are counted, and compared
+with an undisturbed run's where each request has the same bits in any batch: of the demo on a CPU, or --deterministic.
 """
 
 from __future__ import annotations
@@ -148,13 +148,13 @@ async def _settled(cluster: Cluster) -> None:
 
 
 async def kill_in_turn(
-    args: argparse.Namespace, cluster: Cluster, traffic: Traffic, begun: float, say: Callable[[str], None]
+    args: argparse.Namespace, cluster: Cluster, traffic: Traffic, say: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], list[dict[str, int]]]:
     """What became of each kill, and memory before the first and after each."""
     draw = random.Random(args.seed)
     kill_or_stop = {"kill": [signal.SIGKILL], "stop": [signal.SIGSTOP], "both": [signal.SIGKILL, signal.SIGSTOP]}
     numbers = kill_or_stop[args.signal]
-    kills, memory = [], [await resident(cluster)]
+    kills, memory, begun = [], [await resident(cluster)], time.monotonic()
     for i in range(args.kills):
         if time.monotonic() - begun > args.limit:
             break
@@ -178,7 +178,6 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
     memory: list[dict[str, int]] = []
     rows: list[dict[str, Any]] = []
     tallies, devices, restarted = [], set[str](), None
-    begun = time.monotonic()
     say(f"starting {shape}; logs are in {directory}")
 
     @contextlib.asynccontextmanager
@@ -195,7 +194,7 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
 
     if args.kills:
         async with serving("kills", restart=True) as (cluster, traffic):
-            kills, memory = await kill_in_turn(args, cluster, traffic, begun, say)
+            kills, memory = await kill_in_turn(args, cluster, traffic, say)
             restarted = await restart(cluster, traffic)
             say(f"everything started again: {restarted} ms")
     if args.losses:
@@ -307,7 +306,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="How long clients wait when a host is killed.", allow_abbrev=False)
     add_shape_options(parser, hosts=6)
     parser.add_argument("--kills", type=int, default=30, help="0: only what --losses measures")
-    parser.add_argument("--limit", type=float, default=math.inf, metavar="S", help="no further kill after so long")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, metavar="S", help="no further kill so long after the first"
+    )
     parser.add_argument(
         "--losses", type=int, default=2, help="hosts that stay away, one after the other; 0: leave it out"
     )

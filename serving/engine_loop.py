@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moe_jax import gate
 from moe_jax.distributed import (
     Meetings,
     cut_collectives,
@@ -168,6 +169,8 @@ class EngineLoop:
             self._cut = time.monotonic()
             with self._gate:
                 self._aborted = max(self._aborted, message.body["epoch"])
+                if 0 < self._inside <= self._aborted and self.engine.programs.gated:
+                    gate.close(True)
             spared = self._spared(set(message.body["survivors"]))
             threading.Thread(target=self._cut_until_outside, args=(spared,), name="cut", daemon=True).start()
             if self.engine.programs.connects_ahead:
@@ -235,6 +238,8 @@ class EngineLoop:
             if epoch <= self._aborted:
                 raise Aborted(f"epoch {epoch} is over")
             self._inside, self._handed = epoch, self.engine.handed_over
+            if self.engine.programs.gated:
+                gate.close(False)
         try:
             yield
         finally:
