@@ -162,7 +162,9 @@ class Engine:
         return seconds
 
     def _fix(self, mesh: ExpertMesh, slots: np.ndarray) -> list[jax.Array]:
-        table = routing(slots, self.model.num_experts, self.config.max_replicas)
+        return self._fix_table(mesh, routing(slots, self.model.num_experts, self.config.max_replicas))
+
+    def _fix_table(self, mesh: ExpertMesh, table: np.ndarray) -> list[jax.Array]:
         params = jax.tree.map(lambda p, *shards: mesh.assemble(list(shards), p), param_specs(self.model), *self.params)
         return [*jax.tree.leaves(params), mesh.put([table] * len(mesh.local), REPLICATED)]
 
@@ -176,16 +178,34 @@ class Engine:
                 with _beside_steps():
                     self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
 
-    def connect(self, mesh: ExpertMesh) -> None:
+    def connect(self, mesh: ExpertMesh) -> bool:
         """Build the communicator of a mesh that may be entered later: all its ranks together, between the same two
-        steps, for a device runs its programs in order. Raises JaxRuntimeError if one of them is lost."""
-        connect = self.programs.load(self.programs.connection(mesh.size), mesh.devices)
-        ones = mesh.put([np.ones(1, np.int32) for _ in mesh.local], SHARDED)
-        totals = connect([ones])
+        steps, for a device runs its programs in order. Whether all of them have the programs that `rehearse` runs.
+        Raises JaxRuntimeError if one of them is lost."""
+        size = mesh.size
+        connect = self.programs.load(self.programs.connection(size), mesh.devices)
+        each = 1 + size * self.has_steps(size)
+        totals = connect([mesh.put([np.full(1, each, np.int32) for _ in mesh.local], SHARDED)])
         self.handed_over += 1
-        for (total,) in totals:
-            if int(np.asarray(total)[0]) != mesh.size:
-                raise jax.errors.JaxRuntimeError(f"epoch {self.epoch}: a collective was aborted")
+        able, rest = divmod(int(np.asarray(totals[0][0])[0]), size)
+        if rest or not 1 <= able <= 1 + size:
+            raise jax.errors.JaxRuntimeError(f"epoch {self.epoch}: a collective was aborted")
+        return able == 1 + size
+
+    def has_steps(self, ranks: int) -> bool:
+        """Whether no step of a mesh of so many ranks has to be compiled."""
+        steps = [Program("step", bucket, ranks) for bucket in self.buckets if not bucket.score]
+        return not self.programs.missing(steps)
+
+    def rehearse(self, mesh: ExpertMesh, bucket: Bucket) -> None:
+        """Run a step of a mesh that may be entered later, on nothing, as `connect`: a GPU is given a program's code
+        when it first runs, and after a loss nobody has time for that. Raises JaxRuntimeError as `connect`."""
+        shape = self.model.num_moe_layers, self.model.num_experts, self.config.max_replicas
+        fixed, proof = self._fix_table(mesh, np.zeros(shape, np.int32)), 1
+        vectors = [self.layouts[bucket].pack(StepPlan(), (0, 0, 0, proof))[None] for _ in self.ranks]
+        out, *_ = self._run(mesh, fixed, bucket, self._none, mesh.put(vectors, SHARDED))
+        if any(np.asarray(shard)[0][3] != proof for shard in out):
+            raise jax.errors.JaxRuntimeError(f"epoch {self.epoch}: a step's collectives were aborted")
 
     def drain(self) -> None:
         """Wait until the devices have done what they were given before. From any thread. Raises JaxRuntimeError."""
@@ -353,7 +373,7 @@ class Engine:
             ]
             batch = mesh.put(vectors, SHARDED)
             last = self._flights[-1].tokens if self._flights else self._none
-            out, tokens, new, logits = self._run(bucket, last, batch)
+            out, tokens, new, logits = self._run(mesh, self.fixed, bucket, last, batch)
             if self._alone:
                 self._write(bucket, new, batch)
             self._flights.append(_Flight(bucket, plans, vectors, proof, out, tokens, new, logits, self._alone))
@@ -361,13 +381,13 @@ class Engine:
             self._discard(plans, bucket)
             raise
 
-    def _run(self, bucket: Bucket, last: list[jax.Array], batch: jax.Array) -> tuple[Any, ...]:
+    def _run(
+        self, mesh: ExpertMesh, fixed: list[jax.Array], bucket: Bucket, last: list[jax.Array], batch: jax.Array
+    ) -> tuple[Any, ...]:
         """The step's program: its results as in _Flight."""
-        mesh = self.mesh
-        assert mesh is not None
         cache = [self._label(mesh, array) for array in self.cache.values()]
         step = self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
-        out, tokens, *rest = step([*self.fixed, *cache, mesh.assemble(last, SHARDED), batch])
+        out, tokens, *rest = step([*fixed, *cache, mesh.assemble(last, SHARDED), batch])
         self.handed_over += 1
         return out, tokens, rest[: len(cache) + 1], rest[len(cache) + 1 :]
 
@@ -432,12 +452,13 @@ class Engine:
             self.programs.load_all(wanted)
         for bucket in self.buckets:
             vectors = [self.layouts[bucket].pack(StepPlan())[None] for _ in self.ranks]
-            out, _, new, _ = self._run(bucket, self._none, self.mesh.put(vectors, SHARDED))
+            batch = self.mesh.put(vectors, SHARDED)
+            out, _, new, _ = self._run(self.mesh, self.fixed, bucket, self._none, batch)
             jax.block_until_ready(out)
             self._write(bucket, new, self.own.put(vectors, SHARDED))
         jax.block_until_ready(self.cache)
 
-    def rehearse(self) -> None:
+    def rehearse_alone(self) -> None:
         """Before any epoch, on a GPU: run the programs of a mesh of this process's devices alone, if such a mesh could
         serve and nobody need compile them. A GPU is given a program's code when it first runs, and whoever is the only
         one left has no time for that."""

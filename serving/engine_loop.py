@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from moe_jax import gate
+from moe_jax.config import Bucket
 from moe_jax.distributed import (
     Meetings,
     cut_collectives,
@@ -63,7 +64,7 @@ _SLOW = 5.0  # seconds of entering an epoch after which the log says where; some
 _PREPARE_AFTER = 1.0  # seconds after a loss: until then the steps that make up for it have the machine
 _TICK = 0.002
 _SOON = 0.0005
-_CONNECTED = 8  # communicators built ahead in an epoch: each takes memory on the device
+_CONNECTED = 8  # meshes made ready ahead in an epoch: each communicator takes memory on the device
 
 
 class Aborted(RuntimeError):
@@ -83,9 +84,11 @@ class EngineLoop:
         self._aborted = 0  # epochs up to this one are over
         self._inside = 0  # the epoch in whose collectives the main thread is
         self._handed = 0  # what the engine had handed over when the main thread went inside
+        self._may_close = False  # gates that it comes to
         self._gate = threading.Lock()  # held to change `_inside`, and to cut what is inside
         self._cut = 0.0  # when a cut was asked for
-        self._unconnected: deque[ExpertMesh] = deque()  # meshes that a loss would leave, without a communicator yet
+        self._unready: deque[tuple[ExpertMesh, Bucket | None]] = deque()  # see `_make_ready`
+        self._able: set[ExpertMesh] = set()  # those of them whose ranks all have the programs of a step
         self._active: ExpertMesh | None = None  # that of the last epoch entered
         self._sockets: dict[ExpertMesh, set[str]] = {}  # of the meshes' communicators; on GPUs
         self._connecting: ExpertMesh | None = None  # whose communicator is being made
@@ -103,7 +106,7 @@ class EngineLoop:
     @property
     def idle(self) -> bool:
         """Whether nothing happens until a message arrives."""
-        return self.engine.parked and not self._may_enter
+        return self.engine.parked and not self._may_enter and not self._may_make_ready
 
     @property
     def _may_enter(self) -> bool:
@@ -118,9 +121,10 @@ class EngineLoop:
             self.engine.leave()
         if self._may_enter:
             self.enter()
+        elif self._may_make_ready:
+            self._make_ready()
         elif not self.engine.parked:
             self.step()
-        self._connect_ahead()
         if self.idle:
             self._tell()
 
@@ -169,7 +173,7 @@ class EngineLoop:
             self._cut = time.monotonic()
             with self._gate:
                 self._aborted = max(self._aborted, message.body["epoch"])
-                if 0 < self._inside <= self._aborted and self.engine.programs.gated:
+                if 0 < self._inside <= self._aborted and self._may_close:
                     gate.close(True)
             spared = self._spared(set(message.body["survivors"]))
             threading.Thread(target=self._cut_until_outside, args=(spared,), name="cut", daemon=True).start()
@@ -233,12 +237,15 @@ class EngineLoop:
             self._connecting = None
 
     @contextmanager
-    def _collective(self, epoch: int) -> Any:
+    def _collective(self, epoch: int, may_close: bool = False) -> Any:
+        """Around what waits for other ranks. may_close: gates, when the epoch is over; not where all of the mesh may
+        live on, with its communicator, for then each of its ranks has to do the same."""
         with self._gate:
             if epoch <= self._aborted:
                 raise Aborted(f"epoch {epoch} is over")
             self._inside, self._handed = epoch, self.engine.handed_over
-            if self.engine.programs.gated:
+            self._may_close = may_close and self.engine.programs.gated
+            if self._may_close:
                 gate.close(False)
         try:
             yield
@@ -252,7 +259,7 @@ class EngineLoop:
         assert body is not None
         self._epoch, engine, number = None, self.engine, body["number"]
         self._tell()
-        self._unconnected.clear()
+        self._unready.clear()
         self._note_sockets(self._active)
         if self.rank not in body["order"]:
             return engine.leave()  # drained: the others go on, and this process will be ended
@@ -284,8 +291,10 @@ class EngineLoop:
             faulthandler.cancel_dump_traceback_later()
         if engine.epoch == number and engine.mesh is not None:
             if engine.programs.connects_ahead and not body["shrink"]:  # after a loss nobody shall wait again
-                ahead = body.get("ahead", ())[:_CONNECTED]
-                self._unconnected = deque(_mesh(nodes) for order, nodes in ahead if len(order) > 1)
+                meshes = [_mesh(nodes) for _, nodes in body.get("ahead", ())[:_CONNECTED]]
+                steps = [bucket for bucket in engine.buckets if not bucket.score]
+                self._able.clear()
+                self._unready = deque((mesh, bucket) for bucket in (None, *steps) for mesh in meshes)
             ms["first_step"] = 1e3 * (time.monotonic() - before)
             compiled = compilations.count - counted
             total = compilations.count
@@ -312,20 +321,41 @@ class EngineLoop:
             engine.prepare(mesh, np.array(body["slots"], np.int32)[:, order])
         self._send({"type": "prepared", "epoch": body["number"]})
 
-    def _connect_ahead(self) -> None:
-        """While nobody has work, build the communicators of the meshes that a loss would leave, each followed by a step
-        that tells whether that is still so. Nothing but what was agreed in a step decides, so all ranks do the same;
-        one that is not in such a mesh waits in the step."""
-        engine, number = self.engine, self.engine.epoch
-        while self._unconnected and engine.mesh is not None and (engine.level, engine.epoch_agreed) == (0, number):
-            self._tell()
-            mesh = self._unconnected.popleft()
+    @property
+    def _may_make_ready(self) -> bool:
+        """Decided by what all ranks agreed on in the last step, and by nothing else."""
+        engine = self.engine
+        agreed = engine.mesh is not None and (engine.level, engine.epoch_agreed) == (0, engine.epoch)
+        return agreed and bool(self._unready)
+
+    def _make_ready(self) -> None:
+        """While nobody has work, make ready the meshes that a loss would leave, bit by bit: build their communicators,
+        then run their programs once. After each bit comes a step that tells whether that is still so; whoever is not in
+        such a mesh waits in the step."""
+        self._tell()
+        mesh, bucket = self._unready.popleft()
+        if bucket is None:
+            if mesh.local and not self._connect_ahead(mesh):
+                return
+        elif mesh in self._able and not self._together(lambda: self.engine.rehearse(mesh, bucket)):
+            return
+        self.step()
+
+    def _connect_ahead(self, mesh: ExpertMesh) -> bool:
+        """Build the communicator of a mesh of this rank, and learn whether its programs can be run. False: the epoch is
+        over."""
+        engine, able = self.engine, []
+        if mesh.size == 1:
+            able.append(engine.has_steps(1))
+        else:
             self._note_sockets(self._active)
-            with self._connect(mesh) if mesh.local else nullcontext():
-                if mesh.local and not self._together(lambda mesh=mesh: engine.connect(mesh)):
-                    return
+            with self._connect(mesh):
+                if not self._together(lambda: able.append(engine.connect(mesh))):
+                    return False
             self._note_sockets(mesh)
-            self.step()
+        if able[0]:
+            self._able.add(mesh)
+        return True
 
     def _note_sockets(self, mesh: ExpertMesh | None) -> None:
         """Whatever sockets are new are those of this mesh's communicator."""
@@ -392,7 +422,7 @@ class EngineLoop:
             said = {"epoch": engine.epoch, "steps": engine.steps, "usage": engine.cache_usage}
             self._done = said, events
 
-        if not self._together(take):
+        if not self._together(take, may_close=True):
             return
         now = time.monotonic()
         if now - self._shielded >= HEARTBEAT:  # Gloo makes less room again when it has sent something greater
@@ -422,11 +452,11 @@ class EngineLoop:
         if loads is not None:
             self._say({"type": "loads", "shape": loads.shape}, loads.tobytes())
 
-    def _together(self, collective: Callable[[], None]) -> bool:
+    def _together(self, collective: Callable[[], None], may_close: bool = False) -> bool:
         """Something that waits for the other ranks. False: it failed, and with it the epoch."""
         engine = self.engine
         try:
-            with self._collective(engine.epoch):
+            with self._collective(engine.epoch, may_close):
                 collective()
         except Aborted:
             engine.leave()

@@ -54,7 +54,7 @@ def serve(rank: int, channel: Channel, inbox: Inbox) -> None:
     loaded = time.monotonic()
     programs.note_small()
     ahead.first(jax.devices(), device)
-    engine.rehearse()
+    engine.rehearse_alone()
     seconds = {"join": joined - begun, "load": loaded - joined, "compile": time.monotonic() - loaded}
     loop = EngineLoop(engine, client, start["address"], start["rank"], send)
     about = {"device": device.device_kind, "seconds": seconds, "kernels": programs.kernels_number}

@@ -65,17 +65,37 @@ def test_rehearsal_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = engine.mesh
     assert mesh is not None
     engine.leave()
-    engine.rehearse()
+    engine.rehearse_alone()
     assert engine.mesh is None and not ran  # on a CPU there is nothing to be gained
     monkeypatch.setattr(engine, "warm_up", lambda warm_up=engine.warm_up: ran.append(engine.mesh) or warm_up())
     with monkeypatch.context() as patch:
         programs = {name: getattr(engine.programs, name) for name in ("wanted", "load", "load_all", "call")}
         as_of_gpu = SimpleNamespace(kind="NVIDIA H200", missing=lambda programs: [], **programs)
         patch.setattr(engine, "programs", as_of_gpu)
-        engine.rehearse()
+        engine.rehearse_alone()
     assert engine.mesh is None and ran == [engine.own]
     engine.enter(2, mesh, engine.slots)
     assert run(engine, [request(f"r{i}", p) for i, p in enumerate(prompts)]) == expected
+
+
+def test_a_mesh_is_made_ready_while_another_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is run on nothing leaves no trace; whether it can be is known to all ranks alike."""
+    prompts = [[5, 6, 7], list(range(10, 80))]
+    requests = [request(f"r{i}", p) for i, p in enumerate(prompts)]
+    expected = run(make_engine(ranks=2), requests)
+    engine = make_engine(ranks=2)
+    mesh, steps = engine.own, [bucket for bucket in engine.buckets if not bucket.score]
+    assert engine.connect(mesh)
+    before = compilations.count, engine.steps, {name: np.asarray(a) for name, a in engine.cache.items()}
+    for bucket in steps:
+        engine.rehearse(mesh, bucket)
+    assert (compilations.count, engine.steps) == before[:2]
+    for name, array in engine.cache.items():
+        np.testing.assert_array_equal(array, before[2][name])
+    assert run(engine, requests) == expected
+    missing = Program("step", steps[-1], 2)
+    monkeypatch.setattr(type(engine.programs), "missing", lambda self, wanted: [p for p in wanted if p == missing])
+    assert not engine.connect(mesh)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])

@@ -1,7 +1,7 @@
 """When an engine's tokens leave: while its devices are at the next step, and before anything that it says later."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import pytest
@@ -40,8 +40,20 @@ class Steps:
     def leave(self) -> None:
         self.mesh = None
 
+    def has_steps(self, ranks: int) -> bool:
+        return True
+
+    def rehearse(self, mesh: "Mesh", bucket: str) -> None:
+        self.log.append(f"{mesh.name} on {bucket}")
+
     def loads(self) -> None:
         return None
+
+
+class Mesh(NamedTuple):
+    name: str
+    local: tuple[int, ...]  # places in it that are this process's
+    size: int
 
 
 def made(left: int) -> tuple[EngineLoop, Steps]:
@@ -108,5 +120,29 @@ def test_gates_are_closed_to_the_step_that_an_abort_meets(monkeypatch: pytest.Mo
     assert engine.log == ["open", "begin", "closed"] and engine.mesh is None
     loop.urgent(abort)  # nobody is inside: the next epoch's first program finds them open
     assert engine.log == ["open", "begin", "closed"]
-    with loop._collective(2):
+    with loop._collective(2, may_close=True):
         assert engine.log.pop() == "open"
+    with loop._collective(3):  # of a mesh whose ranks may all live on
+        loop.urgent(Message({"type": "abort", "epoch": 3, "survivors": []}, b""))
+        assert engine.log == ["open", "begin", "closed"]
+
+
+def test_meshes_are_made_ready_bit_by_bit_while_nobody_has_work():
+    """A request that comes meanwhile is heard after the next bit; what was agreed decides, not what was heard."""
+    loop, engine = made(9)
+    engine.level = 0
+    own, theirs = Mesh("own", (0,), 1), Mesh("theirs", (), 2)
+    bits: list[Any] = [(mesh, bucket) for bucket in (None, "decode", "prefill") for mesh in (own, theirs)]
+    loop._unready.extend(bits)
+    for _ in range(4):
+        assert not loop.idle
+        loop.advance()
+    assert engine.log.count("begin") == 4 and [x for x in engine.log if " on " in x] == ["own on decode"]
+    engine.level = 1  # as the last step agreed
+    assert not loop._may_make_ready
+    loop.advance()
+    assert len(loop._unready) == 2
+    engine.level = 0
+    loop.advance()
+    loop.advance()
+    assert [x for x in engine.log if " on " in x] == ["own on decode", "own on prefill"] and not loop._may_make_ready
