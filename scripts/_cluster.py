@@ -347,6 +347,14 @@ class Traffic:
         await asyncio.gather(*self._tasks)
         await self._channel.close()
 
+    async def rest(self, seconds: float) -> None:
+        """Begin nothing more, and again so many seconds after the last stream has ended."""
+        self._stopping = True
+        await asyncio.gather(*self._tasks)
+        await asyncio.sleep(seconds)
+        self._stopping = False
+        self.start()
+
     def clear(self) -> None:
         """Forget the gaps up to now."""
         self._gaps.clear()

@@ -158,6 +158,9 @@ async def kill_in_turn(
     for i in range(args.kills):
         if time.monotonic() - begun > args.limit:
             break
+        if args.idle:
+            await cluster.until_settled(WHOLE, "before an idle moment")
+            await traffic.rest(args.idle)
         await asyncio.sleep(draw.uniform(0.0, 0.5))
         host = f"host{draw.randrange(cluster.shape.hosts)}"
         kill = await kill_and_return(cluster, traffic, host, numbers[i % len(numbers)])
@@ -314,6 +317,14 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement of tokens per second")
     parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument(
+        "--idle",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="before each kill, seconds without a stream: on GPUs "
+        "communicators and programs for what a loss leaves are made ready then",
+    )
     parser.add_argument("--signal", choices=("kill", "stop", "both"), default="kill", help="both: in turns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep logs and journals there")
