@@ -29,7 +29,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import gate
 from moe_jax.config import Bucket
 from moe_jax.distributed import (
     Meetings,
@@ -84,7 +83,6 @@ class EngineLoop:
         self._aborted = 0  # epochs up to this one are over
         self._inside = 0  # the epoch in whose collectives the main thread is
         self._handed = 0  # what the engine had handed over when the main thread went inside
-        self._may_close = False  # gates that it comes to
         self._gate = threading.Lock()  # held to change `_inside`, and to cut what is inside
         self._cut = 0.0  # when a cut was asked for
         self._unready: deque[tuple[ExpertMesh, Bucket | None]] = deque()  # see `_make_ready`
@@ -173,8 +171,6 @@ class EngineLoop:
             self._cut = time.monotonic()
             with self._gate:
                 self._aborted = max(self._aborted, message.body["epoch"])
-                if 0 < self._inside <= self._aborted and self._may_close:
-                    gate.close(True)
             spared = self._spared(set(message.body["survivors"]))
             threading.Thread(target=self._cut_until_outside, args=(spared,), name="cut", daemon=True).start()
             if self.engine.programs.connects_ahead:
@@ -237,16 +233,11 @@ class EngineLoop:
             self._connecting = None
 
     @contextmanager
-    def _collective(self, epoch: int, may_close: bool = False) -> Any:
-        """Around what waits for other ranks. may_close: gates, when the epoch is over; not where all of the mesh may
-        live on, with its communicator, for then each of its ranks has to do the same."""
+    def _collective(self, epoch: int) -> Any:
         with self._gate:
             if epoch <= self._aborted:
                 raise Aborted(f"epoch {epoch} is over")
             self._inside, self._handed = epoch, self.engine.handed_over
-            self._may_close = may_close and self.engine.programs.gated
-            if self._may_close:
-                gate.close(False)
         try:
             yield
         finally:
@@ -422,7 +413,7 @@ class EngineLoop:
             said = {"epoch": engine.epoch, "steps": engine.steps, "usage": engine.cache_usage}
             self._done = said, events
 
-        if not self._together(take, may_close=True):
+        if not self._together(take):
             return
         now = time.monotonic()
         if now - self._shielded >= HEARTBEAT:  # Gloo makes less room again when it has sent something greater
@@ -452,11 +443,11 @@ class EngineLoop:
         if loads is not None:
             self._say({"type": "loads", "shape": loads.shape}, loads.tobytes())
 
-    def _together(self, collective: Callable[[], None], may_close: bool = False) -> bool:
+    def _together(self, collective: Callable[[], None]) -> bool:
         """Something that waits for the other ranks. False: it failed, and with it the epoch."""
         engine = self.engine
         try:
-            with self._collective(engine.epoch, may_close):
+            with self._collective(engine.epoch):
                 collective()
         except Aborted:
             engine.leave()

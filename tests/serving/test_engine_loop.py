@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 
-from moe_jax import gate
 from moe_jax.request import TokenEvent
 from serving.channel import Message
 from serving.engine_loop import EngineLoop
@@ -22,7 +21,7 @@ class Steps:
         self.bells_heard = self.bells_answered = self.handed_over = 0
         self.fails = False
         self.mesh: Any = SimpleNamespace(devices=())
-        self.programs = SimpleNamespace(connects_ahead=False, gated=False)
+        self.programs = SimpleNamespace(connects_ahead=False)
 
     @property
     def parked(self) -> bool:
@@ -100,31 +99,6 @@ def test_before_anything_else(between: str):
     else:
         loop.handle(Message({"type": "status"}, b""))
         assert engine.log == ["begin", "tokens of step 1", "status"]
-
-
-def test_gates_are_closed_to_the_step_that_an_abort_meets(monkeypatch: pytest.MonkeyPatch):
-    loop, engine = made(3)
-    engine.programs.gated = True
-    monkeypatch.setattr(gate, "close", lambda closed: engine.log.append("closed" if closed else "open"))
-    monkeypatch.setattr(loop, "_cut_until_outside", lambda spared: None)
-    abort = Message({"type": "abort", "epoch": 1, "survivors": []}, b"")
-    begin = engine.begin
-
-    def meet(ahead: bool) -> None:
-        begin(ahead)
-        loop.urgent(abort)
-        raise jax.errors.JaxRuntimeError("a gate was closed")
-
-    engine.begin = meet
-    loop.advance()
-    assert engine.log == ["open", "begin", "closed"] and engine.mesh is None
-    loop.urgent(abort)  # nobody is inside: the next epoch's first program finds them open
-    assert engine.log == ["open", "begin", "closed"]
-    with loop._collective(2, may_close=True):
-        assert engine.log.pop() == "open"
-    with loop._collective(3):  # of a mesh whose ranks may all live on
-        loop.urgent(Message({"type": "abort", "epoch": 3, "survivors": []}, b""))
-        assert engine.log == ["open", "begin", "closed"]
 
 
 def test_meshes_are_made_ready_bit_by_bit_while_nobody_has_work():
