@@ -244,43 +244,17 @@ def cut_to_fit(args: argparse.Namespace, directory: Path, options: dict[str, Any
 
 
 class ExpertCount:
-    """How many experts of a layer the tokens of a decode step hit, from a program that counts them as it steps."""
+    """How many experts of a layer the tokens of a decode step hit, by what a step says they chose."""
 
     def __init__(self, server: Server) -> None:
-        import jax
-        import jax.numpy as jnp
-
-        import moe_jax.kernels.hopper_ffn
-        import moe_jax.model
-        from moe_jax.executables import Program
-
         engine = server.backend.engine
         assert engine is not None and engine.mesh is not None
-        self.engine, self.hits = engine, []
+        self.engine = engine
         self.bucket = [b for b in engine.buckets if not b.prefill][-1]
-        hopper, experts = engine.programs.engine.kernels == "hopper", engine.model.num_experts
-        # Either is given the rows, and each row's experts (on one rank without replicas, its slots).
-        owner, name = (moe_jax.kernels.hopper_ffn, "hopper_ffn") if hopper else (moe_jax.model, "moe")
-        original = getattr(owner, name)
-
-        def counted(x: Any, ids: Any, *rest: Any, **options: Any) -> Any:
-            hit = (ids.reshape(-1)[:, None] == jnp.arange(experts)).any(0).sum()
-            jax.debug.callback(lambda n: self.hits.append(int(n)), hit)
-            return original(x, ids, *rest, **options)
-
-        setattr(owner, name, counted)
-        try:
-            program, mesh = Program("step", self.bucket, 1), engine.mesh
-            arguments = engine.programs.arguments(program, mesh)
-            self.tree = jax.tree.structure(arguments)
-            self.step = engine.programs.step(self.bucket, mesh).lower(*arguments).compile()
-        finally:
-            setattr(owner, name, original)
 
     def __call__(self) -> float:
         """The mean over layers, for the sequences that decode now."""
-        import jax
-
+        from moe_jax.executables import Program
         from moe_jax.mesh import SHARDED
 
         engine = self.engine
@@ -291,11 +265,11 @@ class ExpertCount:
         plan = scheduler.schedule(self.bucket.rows, False)
         vectors = np.zeros((1, engine.config.max_batch), np.int32), engine.layouts[self.bucket].pack(plan)[None]
         leaves = [*engine.fixed, *engine.cache.values(), *(engine.mesh.put([v], SHARDED) for v in vectors)]
-        self.hits.clear()
-        jax.block_until_ready(self.step(*jax.tree.unflatten(self.tree, leaves)))
-        jax.effects_barrier()
+        step = engine.programs.load(Program("step", self.bucket, 1), engine.mesh.devices)
+        _, _, *rest = step(leaves)
         scheduler.discard(plan)
-        return float(np.mean(self.hits))
+        chosen = np.asarray(rest[len(engine.cache)][0])  # [layers, rows, choices], -1 for none
+        return float(np.mean([len(np.unique(layer[layer >= 0])) for layer in chosen]))
 
 
 def profile(server: Server, steps: int) -> None:
