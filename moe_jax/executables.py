@@ -8,6 +8,7 @@ the devices of a mesh, which takes milliseconds. Changing the mesh compiles noth
 """
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -36,14 +37,22 @@ from moe_jax.sampling import log_softmax, log_sum_exp, sample
 
 
 class CompileCounter:
-    """Counts XLA compilations of this process, whoever asks for them. `count` only ever grows."""
+    """Counts XLA compilations of this process, whoever asks for them, and of each thread. Both only ever grow."""
 
     def __init__(self) -> None:
         self.count = 0
+        self._own = threading.local()
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
+    @property
+    def own(self) -> int:
+        """Those that the calling thread waited for: others may compile ahead meanwhile."""
+        return getattr(self._own, "count", 0)
+
     def _on_event(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1
+            self._own.count = self.own + 1
 
 
 compilations = CompileCounter()

@@ -254,7 +254,7 @@ class EngineLoop:
         self._note_sockets(self._active)
         if self.rank not in body["order"]:
             return engine.leave()  # drained: the others go on, and this process will be ended
-        begun, counted = time.monotonic(), compilations.count
+        begun, counted = time.monotonic(), compilations.own
         ms = {"fail": 1e3 * (begun - self._cut) if self._cut else 0.0}
         self._cut = 0.0
         nodes: list[int] = body["nodes"]
@@ -287,8 +287,7 @@ class EngineLoop:
                 self._able.clear()
                 self._unready = deque((mesh, bucket) for bucket in (None, *steps) for mesh in meshes)
             ms["first_step"] = 1e3 * (time.monotonic() - before)
-            compiled = compilations.count - counted
-            total = compilations.count
+            compiled, total = compilations.own - counted, compilations.count
             self._say({"type": "entered", "epoch": number, "ms": ms, "compilations": compiled, "compiled": total})
             threading.Thread(target=self._prepare, args=(body,), name=f"prepare-{number}", daemon=True).start()
 

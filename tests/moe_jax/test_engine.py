@@ -57,6 +57,20 @@ def test_nothing_is_compiled_while_serving(ranks: int, ahead: bool) -> None:
     assert compilations.count == before
 
 
+def test_compilations_are_counted_for_the_thread_that_waits_for_them() -> None:
+    def compile_something() -> None:
+        jax.jit(lambda x: x - 17)(np.float32(1))
+
+    before = compilations.count, compilations.own
+    compile_something()
+    here = compilations.own - before[1]
+    thread = threading.Thread(target=compile_something)
+    thread.start()
+    thread.join()
+    assert compilations.own - before[1] == here > 0
+    assert compilations.count - before[0] == 2 * here
+
+
 def test_rehearsal_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU an engine that may be left alone one day runs its programs once before it serves."""
     prompts = [[5, 6, 7], list(range(10, 80))]
