@@ -259,10 +259,11 @@ class Stream:
 
 @dataclass
 class Tally:
-    """What became of the streams. All but the first two should stay 0."""
+    """What became of the streams. All but the first three should stay 0."""
 
     streams: int = 0
     tokens: int = 0
+    compared: int = 0  # streams
     lost: int = 0  # tokens
     duplicated: int = 0
     changed: int = 0
@@ -272,9 +273,10 @@ class Tally:
     details: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
+        changed = f"{self.changed} changed, {self.texts} texts differ" if self.compared else "not compared"
         return (
             f"{self.streams} streams, {self.tokens} tokens: {self.lost} lost, {self.duplicated} duplicated, "
-            f"{self.changed} changed; {self.texts} texts differ, {self.errors} errors, {self.hung} hung"
+            f"{self.errors} errors, {self.hung} hung; {changed}"
         )
 
     @property
@@ -289,6 +291,7 @@ class Tally:
         duplicated = stream.duplicated + max(0, len(found) - len(wanted))
         changed = sum(a != b for a, b in zip(found, wanted, strict=False))
         self.streams += 1
+        self.compared += expected is not None
         self.lost += lost
         self.duplicated += duplicated
         self.changed += changed

@@ -38,6 +38,7 @@ from _cluster import (
     Cluster,
     Resources,
     Shape,
+    Tally,
     Traffic,
     add_shape_options,
     expected_outputs,
@@ -209,7 +210,6 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **machine(),
         "devices": sorted(devices),
-        "compared": shape.exact,
         "shape": asdict(shape),
         "streams": args.streams,
         "kills": len(kills),
@@ -275,11 +275,7 @@ def show(console: Console, r: dict[str, Any]) -> None:
         table.add_row(f"tokens/s, {row['when']}", str(row["tokens_per_second"]), "")
     console.print(table)
     for tally in r["tallies"]:
-        counts = (
-            "{streams} streams, {tokens} tokens: {lost} lost, {duplicated} duplicated, {errors} errors, {hung} hung"
-        )
-        compared = "{changed} changed, {texts} texts differ" if r["compared"] else "not compared"
-        console.print(f"{counts}; {compared}".format(**tally))
+        console.print(str(Tally(**tally)))
         for detail in tally["details"]:
             console.print(detail, markup=False)
     console.print(f"{r['compilations']} programs were compiled while it served")
