@@ -133,6 +133,14 @@ class Meetings:
         except TimeoutError:
             raise TimeoutError(f"nodes {list(key)} met, and the JAX service gave no answer in {answer_s} s") from None
 
+    def meet(self, name: str, nodes: Sequence[int], timeout_s: float) -> bool:
+        """Whether all of `nodes` came in time; they are all told the same. The name is used once."""
+        try:
+            self._client.wait_at_barrier(name, int(1000 * timeout_s), sorted(nodes))
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
     def _ask(self, key: tuple[int, ...], call: Future[list[int]]) -> None:
         try:
             answer, error = sorted(self._client.get_live_nodes(list(key))), None

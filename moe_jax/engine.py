@@ -5,7 +5,8 @@ passes in the level it wishes (0: park, otherwise the number of a bucket, counte
 with the tokens. When all wish nothing all park; a doorbell, a number that only grows and that every rank is told, wakes
 them. A rank counts a bell as answered once all ranks have heard it (the agreed count of bells is the least), so a bell
 that reaches one rank a step earlier than another wakes both. In the same way all learn after the same step that all
-have heard of a new epoch: then they leave, and enter it together. No other word passes between ranks.
+have heard of a new epoch: then they leave, and enter it together. No other word passes between ranks, but that
+`connect` tells whether all of a mesh have its programs.
 
 What a rank has on its device (parameters, cache) has the same shapes in every epoch. To enter one is to label the same
 buffers as parts of another mesh, with other programs and another routing table.
@@ -178,34 +179,40 @@ class Engine:
                 with _beside_steps():
                     self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
 
-    def connect(self, mesh: ExpertMesh) -> bool:
+    def connect(self, mesh: ExpertMesh, able: bool) -> bool:
         """Build the communicator of a mesh that may be entered later: all its ranks together, between the same two
-        steps, for a device runs its programs in order. Whether all of them have the programs that `rehearse` runs.
-        Raises JaxRuntimeError if one of them is lost."""
+        steps, for a device runs its programs in order. Whether all of them are `able`. Raises JaxRuntimeError if one
+        of them is lost."""
         size = mesh.size
         connect = self.programs.load(self.programs.connection(size), mesh.devices)
-        each = 1 + size * self.has_steps(size)
-        totals = connect([mesh.put([np.full(1, each, np.int32) for _ in mesh.local], SHARDED)])
+        totals = connect([mesh.put([np.full(1, 1 + size * able, np.int32) for _ in mesh.local], SHARDED)])
         self.handed_over += 1
-        able, rest = divmod(int(np.asarray(totals[0][0])[0]), size)
-        if rest or not 1 <= able <= 1 + size:
+        # k that are able make size + size * k. What an abort leaves hardly is such a number; the next step finds out.
+        found, rest = divmod(int(np.asarray(totals[0][0])[0]), size)
+        if rest or not 1 <= found <= 1 + size:
             raise jax.errors.JaxRuntimeError(f"epoch {self.epoch}: a collective was aborted")
-        return able == 1 + size
+        return found == 1 + size
+
+    def load_step(self, mesh: ExpertMesh, bucket: Bucket) -> None:
+        """What `rehearse` runs, beforehand: nobody waits for it then."""
+        self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
 
     def has_steps(self, ranks: int) -> bool:
-        """Whether no step of a mesh of so many ranks has to be compiled."""
+        """Whether none of the steps that `rehearse` would run in a mesh of so many ranks has to be compiled."""
         steps = [Program("step", bucket, ranks) for bucket in self.buckets if not bucket.score]
         return not self.programs.missing(steps)
 
     def rehearse(self, mesh: ExpertMesh, bucket: Bucket) -> None:
-        """Run a step of a mesh that may be entered later, on nothing, as `connect`: a GPU is given a program's code
-        when it first runs, and after a loss nobody has time for that. Raises JaxRuntimeError as `connect`."""
+        """Run a step of a mesh that may be entered later and the write behind it, on nothing, as `connect`: a GPU is
+        given a program's code when it first runs, and after a loss nobody has time for that. Raises JaxRuntimeError as
+        `connect`."""
         shape = self.model.num_moe_layers, self.model.num_experts, self.config.max_replicas
         fixed, proof = self._fix_table(mesh, np.zeros(shape, np.int32)), 1
         vectors = [self.layouts[bucket].pack(StepPlan(), (0, 0, 0, proof))[None] for _ in self.ranks]
-        out, *_ = self._run(mesh, fixed, bucket, self._none, mesh.put(vectors, SHARDED))
+        out, _, new, _ = self._run(mesh, fixed, bucket, self._none, mesh.put(vectors, SHARDED))
         if any(np.asarray(shard)[0][3] != proof for shard in out):
             raise jax.errors.JaxRuntimeError(f"epoch {self.epoch}: a step's collectives were aborted")
+        self._write(bucket, new, self.own.put(vectors, SHARDED))
 
     def drain(self) -> None:
         """Wait until the devices have done what they were given before. From any thread. Raises JaxRuntimeError."""

@@ -167,10 +167,12 @@ class Executables:
     def load(self, program: Program, devices: Sequence[jax.Device]) -> Loaded:
         """The program for these devices; compiled here if it is nowhere at hand."""
         at = program, tuple(d.id for d in devices)
-        if at not in self._loaded:
+        loaded = self._loaded.get(at)
+        if loaded is None:
             raw = self.store.get(self.key(program)) or self.compile(program, devices)
-            self._loaded[at] = load_program(raw, devices)
-        return self._loaded[at]
+            # If two threads load it at once both have the same in the end: that one has its code on the device.
+            loaded = self._loaded.setdefault(at, load_program(raw, devices))
+        return loaded
 
     def load_all(self, wanted: Sequence[tuple[Program, Sequence[jax.Device]]]) -> None:
         """Load programs side by side: compiling them one after the other takes minutes for a GPU."""
@@ -180,8 +182,9 @@ class Executables:
     def keep_only(self, *meshes: Sequence[jax.Device]) -> None:
         """Forget what was loaded for other meshes."""
         ids = {tuple(d.id for d in mesh) for mesh in meshes}
-        for at in [at for at in self._loaded if at[1] not in ids]:
-            del self._loaded[at]
+        for at in list(self._loaded):  # other threads may load or forget some meanwhile
+            if at[1] not in ids:
+                self._loaded.pop(at, None)
 
     def compile(self, program: Program, devices: Sequence[jax.Device]) -> bytes:
         """Compile for any `program.ranks` devices, and keep it."""
@@ -320,7 +323,8 @@ class Executables:
         return write
 
     def connect(self, bucket: Bucket, mesh: ExpertMesh) -> Any:
-        """[ranks] -> their sum, for each of them: the least that makes XLA build the mesh's communicator."""
+        """[ranks] -> their sum, for each of them: the least that makes XLA build the mesh's communicator, and tells how
+        many of its ranks have something in common."""
         del bucket
         psum = partial(lax.psum, axis_name=AXIS)
         return jax.jit(jax.shard_map(psum, mesh=mesh.mesh, in_specs=SHARDED, out_specs=SHARDED, check_vma=False))

@@ -26,7 +26,7 @@ _KEPT = 64 << 20  # bytes of repairs at hand
 # What a rank puts in place between two steps, beside serving: some milliseconds of copying, and of dispatching.
 _PART_BYTES, _PART_SLOTS = 64 << 20, 16
 # Seconds, see Cluster.halt_s. Handing a step over takes some milliseconds, but where a program runs for the first time:
-# then the device is given its code, which took up to 0.3 s on a GPU that four ranks share.
+# then the device is given its code, which took up to 0.5 s on a GPU that four ranks share.
 _HALT = 1.0
 
 

@@ -1,5 +1,6 @@
 """What an engine process does once its engine is built: obey the commands that have arrived, enter the epochs that are
-announced, and unless parked take a step with the other ranks.
+announced, and unless parked take a step with the other ranks; on GPUs, while nobody has work, make ready what a loss
+would leave.
 
 Commands: epoch, abort, prefetch, add, cancel, bell, score, status, loads, adopt. Answers: arrived, entered, halted,
 failed, prepared, prefetched, events, score, status, loads, adopted. Everything it has to say leaves through one
@@ -63,6 +64,7 @@ _SLOW = 5.0  # seconds of entering an epoch after which the log says where; some
 _PREPARE_AFTER = 1.0  # seconds after a loss: until then the steps that make up for it have the machine
 _TICK = 0.002
 _SOON = 0.0005
+_MEET = 1.0  # seconds that ranks wait for each other before a mesh is made ready
 _CONNECTED = 8  # meshes made ready ahead in an epoch: each communicator takes memory on the device
 
 
@@ -81,11 +83,13 @@ class EngineLoop:
         self._fetched: Experts = {}
         self._epoch: dict[str, Any] | None = None  # announced, and not yet entered
         self._aborted = 0  # epochs up to this one are over
+        self._survivors: set[int] = set()  # nodes that are left of them
         self._inside = 0  # the epoch in whose collectives the main thread is
         self._handed = 0  # what the engine had handed over when the main thread went inside
         self._gate = threading.Lock()  # held to change `_inside`, and to cut what is inside
         self._cut = 0.0  # when a cut was asked for
         self._unready: deque[tuple[ExpertMesh, Bucket | None]] = deque()  # see `_make_ready`
+        self._planned = False  # `_unready`, for the active mesh
         self._able: set[ExpertMesh] = set()  # those of them whose ranks all have the programs of a step
         self._active: ExpertMesh | None = None  # that of the last epoch entered
         self._sockets: dict[ExpertMesh, set[str]] = {}  # of the meshes' communicators; on GPUs
@@ -115,12 +119,13 @@ class EngineLoop:
 
     def advance(self) -> None:
         """Enter an epoch, or take a step, if it is time."""
-        if self.engine.mesh is not None and self._aborted >= self.engine.epoch:
-            self.engine.leave()
-        if self._may_enter:
-            self.enter()
-        elif self._may_make_ready:
+        over = self.engine.mesh is not None and self._aborted >= self.engine.epoch
+        if self._may_make_ready:  # even if it is over by now: the others may not have heard, and wait for this rank
             self._make_ready()
+        elif over:
+            self.engine.leave()
+        elif self._may_enter:
+            self.enter()
         elif not self.engine.parked:
             self.step()
         if self.idle:
@@ -171,7 +176,8 @@ class EngineLoop:
             self._cut = time.monotonic()
             with self._gate:
                 self._aborted = max(self._aborted, message.body["epoch"])
-            spared = self._spared(set(message.body["survivors"]))
+                self._survivors = set(message.body["survivors"])
+            spared = self._spared(self._survivors)
             threading.Thread(target=self._cut_until_outside, args=(spared,), name="cut", daemon=True).start()
             if self.engine.programs.connects_ahead:
                 doomed = open_sockets().keys() - spared
@@ -233,9 +239,11 @@ class EngineLoop:
             self._connecting = None
 
     @contextmanager
-    def _collective(self, epoch: int) -> Any:
+    def _collective(self, epoch: int, agreed: ExpertMesh | None = None) -> Any:
+        """Around what waits for other ranks. Not begun when the epoch is over; unless all ranks of a mesh have agreed
+        to it, and all of them live on."""
         with self._gate:
-            if epoch <= self._aborted:
+            if epoch <= self._aborted and not (agreed and self._survivors.issuperset(_nodes(agreed))):
                 raise Aborted(f"epoch {epoch} is over")
             self._inside, self._handed = epoch, self.engine.handed_over
         try:
@@ -250,7 +258,6 @@ class EngineLoop:
         assert body is not None
         self._epoch, engine, number = None, self.engine, body["number"]
         self._tell()
-        self._unready.clear()
         self._note_sockets(self._active)
         if self.rank not in body["order"]:
             return engine.leave()  # drained: the others go on, and this process will be ended
@@ -264,6 +271,8 @@ class EngineLoop:
         try:
             is_new = engine.mesh is None or engine.mesh.devices != mesh.devices
             if is_new:
+                self._unready.clear()
+                self._planned = False
                 engine.leave()
                 self._say({"type": "arrived", "epoch": number})
                 with self._collective(number):
@@ -281,11 +290,13 @@ class EngineLoop:
         finally:
             faulthandler.cancel_dump_traceback_later()
         if engine.epoch == number and engine.mesh is not None:
-            if engine.programs.connects_ahead and not body["shrink"]:  # after a loss nobody shall wait again
+            # After a loss nobody shall wait again; and nothing is made ready twice where only places of experts change.
+            if engine.programs.connects_ahead and not body["shrink"] and not self._planned:
                 meshes = [_mesh(nodes) for _, nodes in body.get("ahead", ())[:_CONNECTED]]
                 steps = [bucket for bucket in engine.buckets if not bucket.score]
                 self._able.clear()
                 self._unready = deque((mesh, bucket) for bucket in (None, *steps) for mesh in meshes)
+                self._planned = True
             ms["first_step"] = 1e3 * (time.monotonic() - before)
             compiled, total = compilations.own - counted, compilations.count
             self._say({"type": "entered", "epoch": number, "ms": ms, "compilations": compiled, "compiled": total})
@@ -324,28 +335,26 @@ class EngineLoop:
         such a mesh waits in the step."""
         self._tell()
         mesh, bucket = self._unready.popleft()
-        if bucket is None:
-            if mesh.local and not self._connect_ahead(mesh):
-                return
-        elif mesh in self._able and not self._together(lambda: self.engine.rehearse(mesh, bucket)):
-            return
-        self.step()
-
-    def _connect_ahead(self, mesh: ExpertMesh) -> bool:
-        """Build the communicator of a mesh of this rank, and learn whether its programs can be run. False: the epoch is
-        over."""
-        engine, able = self.engine, []
-        if mesh.size == 1:
-            able.append(engine.has_steps(1))
-        else:
+        if mesh.local and (bucket is None or mesh in self._able):
             self._note_sockets(self._active)
-            with self._connect(mesh):
-                if not self._together(lambda: able.append(engine.connect(mesh))):
-                    return False
+            if bucket is not None:
+                self.engine.load_step(mesh, bucket)
+            able, nodes = self.engine.has_steps(mesh.size), _nodes(mesh)
+            # All of the mesh do it or none: if all of them live on, nothing ends a collective that one stays away from.
+            if mesh.size == 1 or self._meetings.meet(f"ready-{self.engine.epoch}-{len(self._unready)}", nodes, _MEET):
+                self._together(lambda: self._do_bit(mesh, bucket, able), mesh)
             self._note_sockets(mesh)
-        if able[0]:
+        if self.engine.mesh is not None:
+            self.step()
+
+    def _do_bit(self, mesh: ExpertMesh, bucket: Bucket | None, able: bool) -> None:
+        if bucket is not None:
+            return self.engine.rehearse(mesh, bucket)
+        if mesh.size > 1:
+            with self._connect(mesh):
+                able = self.engine.connect(mesh, able)
+        if able:
             self._able.add(mesh)
-        return True
 
     def _note_sockets(self, mesh: ExpertMesh | None) -> None:
         """Whatever sockets are new are those of this mesh's communicator."""
@@ -358,7 +367,7 @@ class EngineLoop:
         left = [
             sockets
             for mesh, sockets in self._sockets.items()
-            if mesh != self._active and survivors.issuperset(d.process_index for d in mesh.devices)
+            if mesh != self._active and survivors.issuperset(_nodes(mesh))
         ]
         return set().union(*left)
 
@@ -442,11 +451,11 @@ class EngineLoop:
         if loads is not None:
             self._say({"type": "loads", "shape": loads.shape}, loads.tobytes())
 
-    def _together(self, collective: Callable[[], None]) -> bool:
+    def _together(self, collective: Callable[[], None], agreed: ExpertMesh | None = None) -> bool:
         """Something that waits for the other ranks. False: it failed, and with it the epoch."""
         engine = self.engine
         try:
-            with self._collective(engine.epoch):
+            with self._collective(engine.epoch, agreed):
                 collective()
         except Aborted:
             engine.leave()
@@ -497,6 +506,10 @@ class EngineLoop:
         if not job.sequence.remaining:
             del self._scores[number]
             self._say({"type": "score", "number": number, "done": True})
+
+
+def _nodes(mesh: ExpertMesh) -> list[int]:
+    return [device.process_index for device in mesh.devices]
 
 
 def _mesh(nodes: Sequence[int]) -> ExpertMesh:

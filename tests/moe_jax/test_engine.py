@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 
+import moe_jax.executables
 from moe_jax.checkpoint import load_params, open_checkpoint
 from moe_jax.executables import Executables, Program, compilations
 from moe_jax.kernels.hopper_ffn import hopper_ffn_reference
@@ -92,24 +94,53 @@ def test_rehearsal_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(engine, [request(f"r{i}", p) for i, p in enumerate(prompts)]) == expected
 
 
-def test_a_mesh_is_made_ready_while_another_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is run on nothing leaves no trace; whether it can be is known to all ranks alike."""
+def test_what_makes_a_mesh_ready_leaves_no_trace() -> None:
+    """Steps and writes on nothing, while the cache holds something."""
     prompts = [[5, 6, 7], list(range(10, 80))]
-    requests = [request(f"r{i}", p) for i, p in enumerate(prompts)]
-    expected = run(make_engine(ranks=2), requests)
-    engine = make_engine(ranks=2)
-    mesh, steps = engine.own, [bucket for bucket in engine.buckets if not bucket.score]
-    assert engine.connect(mesh)
-    before = compilations.count, engine.steps, {name: np.asarray(a) for name, a in engine.cache.items()}
-    for bucket in steps:
+    first, second = ([request(f"{name}{i}", p) for i, p in enumerate(prompts)] for name in "ab")
+    undisturbed, engine = make_engine(ranks=2), make_engine(ranks=2)
+    assert run(undisturbed, first) == run(engine, first)
+    mesh, buckets = engine.own, [b for b in engine.buckets if not b.score]
+    assert engine.has_steps(2) and engine.connect(mesh, True) and not engine.connect(mesh, False)
+    counted, steps = compilations.count, engine.steps
+    cache = {name: np.asarray(a) for name, a in engine.cache.items()}
+    for bucket in buckets:
+        engine.load_step(mesh, bucket)
         engine.rehearse(mesh, bucket)
-    assert (compilations.count, engine.steps) == before[:2]
+    assert (compilations.count, engine.steps) == (counted, steps)
     for name, array in engine.cache.items():
-        np.testing.assert_array_equal(array, before[2][name])
-    assert run(engine, requests) == expected
-    missing = Program("step", steps[-1], 2)
-    monkeypatch.setattr(type(engine.programs), "missing", lambda self, wanted: [p for p in wanted if p == missing])
-    assert not engine.connect(mesh)
+        np.testing.assert_array_equal(array, cache[name])
+    assert run(undisturbed, second) == run(engine, second)
+
+
+@pytest.mark.parametrize(
+    "found, able", [(3, False), (6, False), (12, True), (4, None), (15, None), (0, None), (-3, None)]
+)
+def test_a_mesh_is_ready_if_all_its_ranks_are(found: int, able: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three, none, one and all say so; the other sums are what an aborted collective leaves."""
+    engine = make_engine(ranks=3)
+    monkeypatch.setattr(type(engine.programs), "load", lambda *_: lambda _: [[np.array([found])]])
+    if able is None:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="was aborted"):
+            engine.connect(engine.own, True)
+    else:
+        assert engine.connect(engine.own, True) == able
+
+
+def test_who_loads_a_program_at_the_same_time_has_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was run has its code on the device."""
+    engine, both = make_engine(), threading.Barrier(2)
+    engine.programs.keep_only()
+
+    def slow(program: bytes, devices: Any) -> object:
+        both.wait(10)
+        return object()
+
+    monkeypatch.setattr(moe_jax.executables, "load_program", slow)
+    program = Program("step", engine.buckets[0], 1)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: engine.programs.load(program, engine.own.devices), range(2)))
+    assert found[0] is found[1] is engine.programs.load(program, engine.own.devices)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])

@@ -1,5 +1,6 @@
 """When an engine's tokens leave: while its devices are at the next step, and before anything that it says later."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ class Steps:
         self.epoch = self.epoch_agreed = self.level = 1
         self.steps, self.cache_usage = 0, 0.0
         self.bells_heard = self.bells_answered = self.handed_over = 0
-        self.fails = False
+        self.fails = self.fails_to_rehearse = False
+        self.answer = True
         self.mesh: Any = SimpleNamespace(devices=())
         self.programs = SimpleNamespace(connects_ahead=False)
 
@@ -42,17 +44,42 @@ class Steps:
     def has_steps(self, ranks: int) -> bool:
         return True
 
+    def load_step(self, mesh: "Mesh", bucket: str) -> None:
+        pass
+
+    def connect(self, mesh: "Mesh", able: bool) -> bool:
+        self.log.append(f"connect {mesh}")
+        return able and self.answer
+
     def rehearse(self, mesh: "Mesh", bucket: str) -> None:
-        self.log.append(f"{mesh.name} on {bucket}")
+        self.log.append(f"{mesh} on {bucket}")
+        if self.fails_to_rehearse:
+            raise jax.errors.JaxRuntimeError("no memory")
 
     def loads(self) -> None:
         return None
 
 
 class Mesh(NamedTuple):
-    name: str
-    local: tuple[int, ...]  # places in it that are this process's
-    size: int
+    nodes: tuple[int, ...]  # this process is 0
+
+    @property
+    def devices(self) -> tuple[Any, ...]:
+        return tuple(SimpleNamespace(process_index=node) for node in self.nodes)
+
+    @property
+    def local(self) -> tuple[int, ...]:
+        return tuple(place for place, node in enumerate(self.nodes) if node == 0)
+
+    @property
+    def size(self) -> int:
+        return len(self.nodes)
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.nodes))
+
+
+TWO, OTHERS, ALONE = Mesh((0, 1)), Mesh((1, 2)), Mesh((0,))
 
 
 def made(left: int) -> tuple[EngineLoop, Steps]:
@@ -101,22 +128,76 @@ def test_before_anything_else(between: str):
         assert engine.log == ["begin", "tokens of step 1", "status"]
 
 
-def test_meshes_are_made_ready_bit_by_bit_while_nobody_has_work():
-    """A request that comes meanwhile is heard after the next bit; what was agreed decides, not what was heard."""
-    loop, engine = made(9)
-    engine.level = 0
-    own, theirs = Mesh("own", (0,), 1), Mesh("theirs", (), 2)
-    bits: list[Any] = [(mesh, bucket) for bucket in (None, "decode", "prefill") for mesh in (own, theirs)]
+def at_leisure(answer: bool = True) -> tuple[EngineLoop, Steps]:
+    """In an idle mesh of nodes 0 to 2, of which this is 0, with three meshes to be made ready. answer: of `connect`."""
+    loop, engine = made(10)
+    engine.level, engine.answer = 0, answer
+    bits: list[Any] = [(mesh, bucket) for bucket in (None, "decode", "prefill") for mesh in (TWO, OTHERS, ALONE)]
     loop._unready.extend(bits)
-    for _ in range(4):
+    return loop, engine
+
+
+def bits(engine: Steps) -> list[str]:
+    return [x for x in engine.log if not x.startswith(("begin", "tokens"))]
+
+
+def test_meshes_are_made_ready_bit_by_bit_while_nobody_has_work(monkeypatch: pytest.MonkeyPatch):
+    """What was agreed decides, and not what this rank has heard; each bit is followed by a step."""
+    loop, engine = at_leisure()
+    names = met(loop, monkeypatch, True)
+    for done in range(1, 5):
         assert not loop.idle
         loop.advance()
-    assert engine.log.count("begin") == 4 and [x for x in engine.log if " on " in x] == ["own on decode"]
+        assert engine.log.count("begin") == done
+    assert bits(engine) == ["connect 0,1", "0,1 on decode"]
+    engine.bells_heard = 9  # another rank may not have heard it
+    assert loop._may_make_ready
     engine.level = 1  # as the last step agreed
-    assert not loop._may_make_ready
     loop.advance()
-    assert len(loop._unready) == 2
+    assert len(loop._unready) == 5 and engine.log.count("begin") == 5
     engine.level = 0
+    while not loop.idle:
+        loop.advance()
+    assert bits(engine) == ["connect 0,1", "0,1 on decode", "0 on decode", "0,1 on prefill", "0 on prefill"]
+    assert engine.log.count("begin") == 10 and names == ["ready-1-8", "ready-1-5", "ready-1-2"]
+
+
+@pytest.mark.parametrize("able", [False, None])
+def test_programs_that_a_rank_has_not_are_not_run(able: bool | None, monkeypatch: pytest.MonkeyPatch):
+    """None: not all of the mesh came; then none of it does anything."""
+    loop, engine = at_leisure(bool(able))
+    met(loop, monkeypatch, able is not None)
+    while loop._unready:
+        loop.advance()
+    assert bits(engine) == [*(["connect 0,1"] if able is not None else []), "0 on decode", "0 on prefill"]
+    assert engine.log.count("begin") == 9 and engine.mesh is not None
+
+
+@pytest.mark.parametrize("lost, done", [(2, ["connect 0,1"]), (1, [])])
+def test_what_all_of_a_mesh_agreed_to_is_done_if_all_live_on(
+    lost: int, done: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The others may not have heard that the epoch is over, and nothing would end their collectives."""
+    loop, engine = at_leisure()
+    met(loop, monkeypatch, True)
+    loop._aborted, loop._survivors = 1, {0, 1, 2} - {lost}
     loop.advance()
+    assert bits(engine) == done and engine.mesh is None and not loop._may_make_ready and loop.idle
+
+
+def test_a_rehearsal_that_fails_ends_the_epoch(monkeypatch: pytest.MonkeyPatch):
+    loop, engine = at_leisure()
+    met(loop, monkeypatch, True)
     loop.advance()
-    assert [x for x in engine.log if " on " in x] == ["own on decode", "own on prefill"] and not loop._may_make_ready
+    engine.fails_to_rehearse = True
+    while engine.mesh is not None:
+        loop.advance()
+    assert bits(engine)[-2:] == ["0,1 on decode", "failed"] and loop.idle
+
+
+def met(loop: EngineLoop, monkeypatch: pytest.MonkeyPatch, answer: bool) -> list[str]:
+    """The names under which this rank has met others."""
+    names: list[str] = []
+    monkeypatch.setattr(loop._meetings, "meet", lambda name, nodes, timeout: names.append(name) or answer)
+    monkeypatch.setattr(loop, "_connect", lambda mesh: nullcontext())
+    return names
