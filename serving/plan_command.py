@@ -18,6 +18,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serving.command import bad_input
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -150,8 +152,9 @@ class Planned:
     moved: int | None = None  # slots, from --before to here
 
 
+@bad_input()
 def run(args: argparse.Namespace) -> int:
-    """Raises ValueError for what cannot be planned, OSError for a file that cannot be used."""
+    """Raises UsageError for what cannot be planned, OSError for a file that cannot be used."""
     import numpy as np
 
     from moe_jax import placement

@@ -14,10 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from serving.command import Failure, bad_input
+from serving.model_options import add_model_options, llm_options
+
 _TIMEOUT = 24 * 3600.0  # seconds
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
     group = parser.add_argument_group("what is compiled")
     group.add_argument("--lose", type=int, default=2, metavar="K", help="meshes that losing up to K hosts leaves, too")
     group.add_argument("--grow", type=int, default=0, metavar="K", help="meshes of up to K hosts more, too")
@@ -30,8 +34,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
-def run(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    """options: of the model, as `LLM` takes them. 1 when --check finds something missing.
+def run(args: argparse.Namespace) -> int:
+    """1 when --check finds something missing."""
+    try:
+        with bad_input():
+            return _warm_up(args, llm_options(args))
+    except RuntimeError as error:
+        raise Failure(str(error)) from error
+
+
+def _warm_up(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    """options: of the model, as `LLM` takes them.
 
     Raises ValueError for what cannot be served, RuntimeError for a compiler that fails, OSError for a directory that
     cannot be used.

@@ -21,6 +21,7 @@ import pytest
 
 import serving.cli
 from moe_jax.placement import read_load
+from serving import generate_command
 from serving.cli import main
 from serving.protos import cluster_pb2, cluster_pb2_grpc
 from serving.protos import inference_pb2 as pb
@@ -131,9 +132,9 @@ def test_interrupt_and_full_disk(files: list[str], capsys: pytest.CaptureFixture
 def test_progress_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from moe_jax.batch import Counts
 
-    lines = serving.cli._Lines(every=5.0)
+    lines = generate_command._Lines(every=5.0)
     clock = [0.0]
-    monkeypatch.setattr(serving.cli.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(generate_command.time, "monotonic", lambda: clock[0])
     lines.last = 0.0
     for second in range(12):
         clock[0] = second
