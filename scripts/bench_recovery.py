@@ -212,6 +212,8 @@ async def run(args: argparse.Namespace, directory: Path, say: Callable[[str], No
         "devices": sorted(devices),
         "shape": asdict(shape),
         "streams": args.streams,
+        "signal": args.signal,
+        "idle_s": args.idle,
         "kills": len(kills),
         "pause_ms": _spread(pauses),
         "rejoin_ms": _spread(rejoins),
@@ -256,7 +258,8 @@ def show(console: Console, r: dict[str, Any]) -> None:
     shape = Shape(**r["shape"])
     where = f"{r['cpu']}, {r['cores']} cores; {', '.join(r['devices'])}; {r['date']}; jax {r['jax']}"
     console.print(where, highlight=False, soft_wrap=True)
-    table = Table("", "median", "worst", title=f"{shape}, {r['streams']} streams, {r['kills']} kills")
+    idle = f", each after {r['idle_s']:g} s without streams" if r["idle_s"] else ""
+    table = Table("", "median", "worst", title=f"{shape}, {r['streams']} streams, {r['kills']} kills{idle}")
     if r["kills"]:
         for name, title in (
             ("pause_ms", "pause, ms"),
@@ -278,7 +281,7 @@ def show(console: Console, r: dict[str, Any]) -> None:
         console.print(str(Tally(**tally)))
         for detail in tally["details"]:
             console.print(detail, markup=False)
-    console.print(f"{r['compilations']} programs were compiled while it served")
+    console.print(f"{r['compilations']} programs had to be compiled before it could go on")
     if r["memory_mib"] is not None:
         before, after = r["memory_mib"]["before"], r["memory_mib"]["after"]
         changes = (f"{role} {before[role]} → {now}" for role, now in after.items())

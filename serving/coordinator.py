@@ -133,7 +133,7 @@ class Coordinator:
         self._inherited_drains: list[str] = []  # hosts that another coordinator was draining
         self._background: set[asyncio.Task[None]] = set()
         self._served = False  # ever
-        self._compiled = 0  # programs, by engines of the mesh since then
+        self._compiled = 0  # programs, while epochs waited for them since then
         self._tick_at = 0.0
         self._ticked = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None

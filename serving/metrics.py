@@ -189,4 +189,8 @@ class _Present(Collector):
         uneven = experts.get("imbalance")
         yield gauge("expert_imbalance", "Measured load of the most loaded rank over the mean.", uneven)
         yield counter("rebalances", "Times that experts were moved after their load.", status["rebalances"])
-        yield gauge("compilations", "Programs compiled since serving began.", status["compilations"])
+        yield gauge(
+            "compilations",
+            "Programs that epochs waited for since serving began, for they had to be compiled.",
+            status["compilations"],
+        )
