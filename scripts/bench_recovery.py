@@ -309,7 +309,7 @@ def main() -> int:
     add_shape_options(parser, hosts=6)
     parser.add_argument("--kills", type=int, default=30, help="0: only what --losses measures")
     parser.add_argument(
-        "--limit", type=float, default=math.inf, metavar="S", help="no further kill so long after the first"
+        "--limit", type=float, default=math.inf, metavar="S", help="no further kill so long after streams began"
     )
     parser.add_argument(
         "--losses", type=int, default=2, help="hosts that stay away, one after the other; 0: leave it out"
