@@ -11,7 +11,8 @@ is answered in the inbox's thread, for the main one may wait for ranks that are 
 
 An epoch with `shrink` set is entered at once: its collectives' predecessors have been aborted, or there were none. Any
 other is entered after the step at whose end all ranks know of it. `abort` is obeyed in the inbox's thread, because the
-main one is inside the collective that is to be ended.
+main one is inside the collective that is to be ended. It comes again, for the same epoch, when another rank is lost
+before the next one is announced.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class EngineLoop:
         self._inside = 0  # the epoch in whose collectives the main thread is
         self._handed = 0  # what the engine had handed over when the main thread went inside
         self._gate = threading.Lock()  # held to change `_inside`, and to cut what is inside
-        self._cut = 0.0  # when a cut was asked for
+        self._cut = 0.0  # when a cut was first asked for
+        self._doomed: set[str] = set()  # sockets of the communicators that are aborted; on GPUs
         self._unready: deque[tuple[ExpertMesh, Bucket | None]] = deque()  # see `_make_ready`
         self._planned = False  # `_unready`, for the active mesh
         self._able: set[ExpertMesh] = set()  # those of them whose ranks all have the programs of a step
@@ -173,15 +175,15 @@ class EngineLoop:
     def urgent(self, message: Message) -> None:
         """In the inbox's thread, as soon as a message has arrived."""
         if message.body["type"] == "abort":
-            self._cut = time.monotonic()
+            self._cut = self._cut or time.monotonic()
             with self._gate:
                 self._aborted = max(self._aborted, message.body["epoch"])
                 self._survivors = set(message.body["survivors"])
             spared = self._spared(self._survivors)
             threading.Thread(target=self._cut_until_outside, args=(spared,), name="cut", daemon=True).start()
             if self.engine.programs.connects_ahead:
-                doomed = open_sockets().keys() - spared
-                halt = partial(self._halt, message.body["epoch"], doomed)
+                self._doomed = open_sockets().keys() - spared
+                halt = partial(self._halt, message.body["epoch"], self._doomed)
                 threading.Thread(target=halt, name="halt", daemon=True).start()
         elif message.body["type"] == "adopt":
             engine = self.engine
@@ -205,14 +207,15 @@ class EngineLoop:
     def _halt(self, epoch: int, doomed: set[str]) -> None:
         """On a GPU: say when nothing is handed to the device any more that uses a communicator of this epoch, or when
         this one is still being made, which only an abort may end; and help XLA's abort, which follows, to its end: not
-        before the device has done what it was given, for NCCL would free memory that collectives in the queue read."""
+        before the device has done what it was given, for NCCL would free memory that collectives in the queue read.
+        After a further loss all is said again, and the thread that knows of it rings for both."""
         while 0 < self._inside <= epoch and self._handed == self.engine.handed_over and self._connecting is None:
             time.sleep(_SOON)
         self._send({"type": "halted", "epoch": epoch})
         with suppress(jax.errors.JaxRuntimeError):
             self.engine.drain()
         until, rung = time.monotonic() + _CUT_FOR, 0
-        while time.monotonic() < until and ring(doomed):
+        while self._doomed is doomed and time.monotonic() < until and ring(doomed):
             rung += 1
             time.sleep(_CUT_EVERY if rung < _RING_OFTEN else _RING_SELDOM)
 
@@ -366,7 +369,7 @@ class EngineLoop:
         """Sockets of communicators that are not aborted when all but these nodes are lost."""
         left = [
             sockets
-            for mesh, sockets in self._sockets.items()
+            for mesh, sockets in self._sockets.copy().items()  # the main thread may be noting others
             if mesh != self._active and survivors.issuperset(_nodes(mesh))
         ]
         return set().union(*left)

@@ -161,7 +161,7 @@ class Forget(Action):
 
 @dataclass(frozen=True)
 class Abort(Action):
-    """To these ranks: collectives of epochs <= `epoch` are over."""
+    """To these ranks: collectives of epochs <= `epoch` are over, and these are left. Repeated when fewer are."""
 
     ranks: tuple[int, ...]
     incarnations: tuple[int, ...]
@@ -678,15 +678,14 @@ class Membership:
         """Nobody steps until the next epoch."""
         for rank in self._leaving - set(self._members):  # told to leave; where they stand now is not known
             self._retire(rank, "drained", now)
-        if self._stepping and self.epoch:
-            ranks = tuple(self._members)
-            self._out.append(Abort(ranks, self._incarnations(ranks), self.epoch.number))
         self._stepping = False
         self._entering.clear()
         self._goal = self._target = None
         for kind in ("enter", "stall", "prefetch"):
             self._timers.stop(kind)
-        if not self._fresh and self._recovery:
+        if self.epoch and self._recovery and not self._fresh:  # at every further loss, too
+            ranks = tuple(self._members)
+            self._out.append(Abort(ranks, self._incarnations(ranks), self.epoch.number))
             self._say_recovering(self._recovery.reasons[-1])
 
     def _drop_pending(self) -> None:

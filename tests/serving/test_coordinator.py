@@ -136,6 +136,27 @@ def test_survivors_halt_before_the_fence(fake, patience, least):
     run(scenario, replace(cluster, halt_s=patience))
 
 
+def test_survivors_halt_before_each_fence():
+    """They hear of the second loss, though their epoch has been over since the first."""
+
+    async def scenario(r: Running) -> None:
+        r.submit(8, 400)
+        await r.flowing()
+        epoch = r.status()["epoch"]
+        kill(r.engine(0), SIGKILL)
+        await r.until(lambda: r.status()["state"] == "RECOVERING")
+        await asyncio.sleep(0.3)  # it is fenced
+        kill(r.engine(3), SIGKILL)
+        await r.serving([1, 2], after=epoch)
+        recovery = r.status()["recoveries"][0]
+        assert recovery["lost"] == [0, 3] and recovery["fence_ms"] >= 399  # the second fence
+        await r.flowing()
+
+    fake = {"step": 0.005, "halt": 0.1}
+    cluster = fake_cluster(FOUR, slots=6, replication=3, fake=fake, window_s=0.5, fence_timeout_s=70.0)
+    run(scenario, replace(cluster, halt_s=60.0), restart=False)
+
+
 # More than one
 
 

@@ -1,5 +1,7 @@
-"""When an engine's tokens leave: while its devices are at the next step, and before anything that it says later."""
+"""When an engine's tokens leave, how it makes meshes ready, and what it does when losses come one after the other."""
 
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -8,6 +10,7 @@ import jax
 import pytest
 
 from moe_jax.request import TokenEvent
+from serving import engine_loop
 from serving.channel import Message
 from serving.engine_loop import EngineLoop
 
@@ -40,6 +43,9 @@ class Steps:
 
     def leave(self) -> None:
         self.mesh = None
+
+    def drain(self) -> None:
+        return None
 
     def has_steps(self, ranks: int) -> bool:
         return True
@@ -201,3 +207,48 @@ def met(loop: EngineLoop, monkeypatch: pytest.MonkeyPatch, answer: bool) -> list
     monkeypatch.setattr(loop._meetings, "meet", lambda name, nodes, timeout: names.append(name) or answer)
     monkeypatch.setattr(loop, "_connect", lambda mesh: nullcontext())
     return names
+
+
+def test_a_second_loss_before_the_next_epoch(monkeypatch: pytest.MonkeyPatch):
+    """It is said again that this engine has halted, and those are rung, too, that only the second loss ends."""
+    loop, engine = made(9)
+    rung: list[set[str]] = []
+    cuts: list[set[str]] = []
+
+    def until(done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not done():
+            assert time.monotonic() < deadline, (engine.log, rung, cuts)
+            time.sleep(0.001)
+
+    def abort(*survivors: int) -> None:
+        loop.urgent(Message({"type": "abort", "epoch": 1, "survivors": survivors}, b""))
+
+    def ring(doomed: set[str]) -> bool:
+        rung.append(doomed)
+        return len(rung) < 12
+
+    def mesh(*nodes: int) -> Any:
+        return Mesh(nodes)
+
+    monkeypatch.setattr(engine_loop, "ring", ring)
+    monkeypatch.setattr(engine_loop, "cut_collectives", lambda service, attempt, spared: cuts.append(spared))
+    monkeypatch.setattr(engine_loop, "open_sockets", lambda: dict.fromkeys(("all", "0 2 3", "0 3"), 0))
+    engine.programs.connects_ahead = True
+    loop._active = active = mesh(0, 1, 2, 3)
+    loop._sockets = {active: {"all"}, mesh(0, 2, 3): {"0 2 3"}, mesh(0, 3): {"0 3"}}
+    with loop._collective(1):
+        abort(0, 2, 3)
+        begun = loop._cut
+        abort(0, 3)
+        until(lambda: {"0 2 3", "0 3"} in cuts and {"0 3"} in cuts)
+        assert "halted" not in engine.log and loop._cut == begun
+        engine.handed_over += 1
+        until(lambda: engine.log == ["halted", "halted"] and len(rung) == 12)
+    assert rung[-1] == {"all", "0 2 3"}
+    rung.clear()
+    abort(0, 2, 3)
+    until(lambda: bool(rung))
+    abort(0, 3)  # when it is outside, and rings already
+    until(lambda: engine.log == 4 * ["halted"] and len(rung) == 12)
+    assert rung[0] == {"all"} and rung[-1] == {"all", "0 2 3"}

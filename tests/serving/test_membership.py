@@ -180,6 +180,7 @@ class World:
         self.out = set()  # incarnations that were fenced or dismissed
         self.started = set()  # incarnations that an engine was started with
         self.told, self.aborted = {}, {}  # incarnation → the last epoch it was told of, told to abort
+        self.survivors = set()  # as those were told who were told to abort last
         self.has_entered = {}  # epoch → incarnations that said so
         self.forgotten = False
         self.served = None
@@ -296,6 +297,8 @@ class World:
             getattr(self, f"do_{type(action).__name__}")(action)
         if self.machine.state in ("SERVING", "DRAINING"):
             assert self.served is not None and self.covers(self.served)
+        if self.machine._phase == "run" and not self.machine._stepping and not self.machine._fresh:
+            assert self.survivors == set(self.machine._members)  # of every loss, not only of the first
 
     def covers(self, epoch):
         everything = set(range(self.experts))
@@ -371,6 +374,7 @@ class World:
 
     def do_Abort(self, action):
         assert self.announced and action.epoch == self.announced[-1].number
+        self.survivors = set(action.ranks)
         for rank, incarnation in zip(action.ranks, action.incarnations, strict=True):
             assert incarnation not in self.out
             self.aborted[incarnation] = action.epoch
@@ -538,7 +542,7 @@ class World:
     def abort(self, process, incarnation, number):
         engine = process.engine
         if engine and engine.alive and engine.incarnation == incarnation:
-            if self.chance(0.04):
+            if engine.stuck or self.chance(0.04):
                 engine.stuck = True
             elif engine.state in ("stepping", "entering", "left") and engine.epoch.number <= number:
                 engine.state, engine.next = "waiting", None
@@ -599,9 +603,11 @@ class World:
         service = self.services[epoch.generation]
         if self.arrived[epoch.number] == set(epoch.incarnations) and self.healthy(epoch, "entering"):
             engines = [self.engines[i] for i in epoch.incarnations]
-            if any(service.came[e.node] is None for e in engines):
-                return  # fenced
-            assert all(service.came[e.node] is e for e in engines)
+            fenced = [e for e in engines if service.came[e.node] is not e]  # another may have come since
+            if fenced:  # some have not heard yet that they are lost, or that the epoch is over
+                assert all(e.incarnation in self.out for e in fenced)
+                assert all(i in self.out or self.aborted.get(i, 0) >= epoch.number for i in epoch.incarnations)
+                return
             if service.alive and not service.stopped:
                 for incarnation in epoch.incarnations:
                     self.after(self.rng.choice((0.0, 0.02)), self.in_epoch, self.engines[incarnation], epoch)
@@ -872,6 +878,30 @@ def test_random_histories():
     print(f"\n{dict(sorted(tally.items()))}")
 
 
+def test_a_barrier_whose_members_have_not_heard_that_it_is_over():
+    """In the world: one is deaf, the other lost and cut off from the coordinator, and its successor has come."""
+    world = World(0, Counter())
+    world.faulty = False
+    assert world.rules.num_ranks > 1 and world.run(20.0, world.settled)
+    epoch = world.announced[-1]
+    engines = [world.engines[i] for i in epoch.incarnations]
+    deaf, *_, lost = engines
+    for engine in engines:
+        engine.state = "entering"
+        world.arrived[epoch.number].add(engine.incarnation)
+    world.arrived[epoch.number].remove(deaf.incarnation)
+    deaf.stuck = True
+    for engine in engines[1:]:
+        engine.process.held_until = world.now + 10.0
+    world.launch(lost.rank, twice=True)
+    came = world.services[epoch.generation].came
+    assert world.run(world.now + 1.0, lambda: came[lost.node] not in (None, lost))
+    assert lost.alive and world.healthy(epoch, "entering")
+    world.arrive(deaf, epoch)
+    world.run(world.now + 0.1)
+    assert {engine.state for engine in engines} == {"entering"}
+
+
 # One rung at a time
 
 
@@ -1074,11 +1104,12 @@ def test_losses_within_the_window_are_one_epoch_and_later_ones_the_next():
     play.kill(1)
     play.now += 0.01
     play.kill(3)
-    assert len(play.seen(Abort)) == 1
+    assert [abort.ranks for abort in play.seen(Abort)] == [(0, 2, 3, 4), (0, 2, 4)]
     play.now += 0.011
     play.tell("tick")
     assert play.seen(Persist)[-1].epoch.order == (0, 2, 4)
     play.kill(0)  # committed, not yet announced: never announced
+    assert play.seen(Abort)[-1] == Abort((2, 4), (3, 5), number)
     play.tell("persisted", number + 1)
     assert not play.seen(Announce)
     play.wait(0.1)
@@ -1168,6 +1199,7 @@ def test_failed_collective_waits_for_the_culprit():
     assert abort.ranks == (0, 1, 2)
     play.wait(0.5)
     play.kill(2)
+    assert [abort.ranks for abort in play.seen(Abort)] == [(0, 1, 2), (0, 1)]
     play.wait(0.1)
     assert play.enter().order == (0, 1)
 
