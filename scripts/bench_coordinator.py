@@ -33,8 +33,9 @@ from moe_jax import placement
 from moe_jax.scheduler import Limits
 from serving.cluster import Cluster, Repairs
 from serving.coordinator import Coordinator, Watcher
+from serving.epoch import Slots
 from serving.journal import Journal
-from serving.membership import Rules, Slots
+from serving.membership import Rules
 
 WORKERS = Path(__file__).with_name("_simulated_workers.py")
 

@@ -19,7 +19,8 @@ from moe_jax.config import ConfigError, EngineConfig, ModelConfig
 from moe_jax.llm import engine_config
 from moe_jax.scheduler import Limits
 from serving.environment import Platform
-from serving.membership import Rules, Slots
+from serving.epoch import Slots
+from serving.membership import Rules
 from serving.rebalancing import Policy
 
 _KEPT = 64 << 20  # bytes of repairs at hand

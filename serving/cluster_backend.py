@@ -28,9 +28,9 @@ from moe_jax.request import Request, TokenEvent
 from serving.cluster import Cluster, make_cluster
 from serving.coordinator import Coordinator, Watcher
 from serving.environment import Platform, compilation_cache, engine_environment, guess_platform, host_labels
+from serving.epoch import Epoch
 from serving.launcher import Launcher
 from serving.ledger import Entry
-from serving.membership import Epoch
 from serving.rebalancing import Policy
 from serving.recycling import recycle
 from serving.worker import DISMISSED

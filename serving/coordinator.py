@@ -20,12 +20,14 @@ import grpc
 import numpy as np
 
 from moe_jax.request import Request
+from serving import actions as act
 from serving import membership as m
 from serving.access import Guard
 from serving.admission import Owner
 from serving.channel import MAX_MESSAGE, Message, encode
 from serving.cluster import Cluster, sizes_after
 from serving.drains import Drains
+from serving.epoch import Epoch
 from serving.fences import Fences
 from serving.frame_server import FrameServer
 from serving.journal import Journal
@@ -81,7 +83,7 @@ class Watcher:
     # It may come back: start its workers. None: who starts them is elsewhere.
     wanted: Callable[[str], None] | None = None
     changed: Callable[[str, str], None] = lambda state, reason: None
-    served: Callable[[m.Epoch], None] = lambda epoch: None  # all its members have entered it
+    served: Callable[[Epoch], None] = lambda epoch: None  # all its members have entered it
     failed: Callable[[Exception], None] = lambda error: None  # the journal: nothing goes on, close the coordinator
 
 
@@ -118,7 +120,7 @@ class Coordinator:
             self.metrics,
             len(cluster.rules.hosts),
         )
-        self._actions: deque[m.Action] = deque()
+        self._actions: deque[act.Action] = deque()
         self._acting = False
         self._numbers = self._membership.numbers
         self._streams: dict[int, WorkerStream] = {}  # of registered workers, by each incarnation they had
@@ -271,7 +273,7 @@ class Coordinator:
         self._keep_numbers()
         stream.welcome(incarnation)
         self._streams[incarnation] = stream
-        if not any(isinstance(a, m.Dismiss) and a.incarnation == incarnation for a in actions):
+        if not any(isinstance(a, act.Dismiss) and a.incarnation == incarnation for a in actions):
             self._current[stream.rank] = stream
         self._do(actions)
 
@@ -477,7 +479,7 @@ class Coordinator:
 
     # Actions
 
-    def _do(self, actions: Sequence[m.Action]) -> None:
+    def _do(self, actions: Sequence[act.Action]) -> None:
         """Carry them out in their order, and what follows from them."""
         self._keep_numbers()
         self._actions.extend(actions)
@@ -498,12 +500,12 @@ class Coordinator:
             self._numbers = self._membership.numbers
             self.router.keep(lambda: self._journal.numbers(*self._numbers))
 
-    def _carry_out(self, action: m.Action) -> None:
+    def _carry_out(self, action: act.Action) -> None:
         now = time.monotonic()
         match action:
-            case m.Fence(rank, incarnation, generation, node):
+            case act.Fence(rank, incarnation, generation, node):
                 self._fence(rank, incarnation, generation, node, now)
-            case m.Abort(ranks, incarnations, epoch):
+            case act.Abort(ranks, incarnations, epoch):
                 self.router.members = {}
                 last = self._membership.epoch
                 assert last is not None
@@ -513,14 +515,14 @@ class Coordinator:
                 for incarnation in incarnations:
                     self._send(incarnation, frame)
                 self._fences.aborted(incarnations, epoch)
-            case m.Dismiss(rank, incarnation, reason):
+            case act.Dismiss(rank, incarnation, reason):
                 self._dismiss(rank, incarnation, reason)
-            case m.Persist(epoch):
+            case act.Persist(epoch):
                 self.router.keep(lambda: self._journal.epoch(epoch))
                 self._do(self._membership.persisted(epoch.number, now))
-            case m.Announce(epoch, shrink, leavers):
+            case act.Announce(epoch, shrink, leavers):
                 self._announce(epoch, shrink, leavers, now)
-            case m.Serve(epoch):
+            case act.Serve(epoch):
                 self._served = True
                 self._recoveries.serving(now)
                 if self._moved is not None:
@@ -534,21 +536,21 @@ class Coordinator:
                 if self.cluster.repairs is not None:
                     self.cluster.repairs.expect(epoch.slots, epoch.order)
                 self.watcher.served(epoch)
-            case m.StartService(generation, nodes):
+            case act.StartService(generation, nodes):
                 self._start_service(generation, nodes)
-            case m.StopService(generation):
+            case act.StopService(generation):
                 self._nodes.pop(generation, None)
                 self._fences.forget(generation)
                 if service := self._services.pop(generation, None):
                     service.close()
-            case m.StartEngine():
+            case act.StartEngine():
                 self._start_engine(action)
-            case m.Forget(generation):
+            case act.Forget(generation):
                 if generation in self._services:
                     self._services[generation].forget()
-            case m.Prefetch(_, incarnation, slots):
+            case act.Prefetch(_, incarnation, slots):
                 self._send(incarnation, encode({"type": "prefetch", "slots": slots.tolist()}))
-            case m.StateChange(name, reason):
+            case act.StateChange(name, reason):
                 log.info("%s%s", name, reason and f": {reason}")
                 self.watcher.changed(name, reason)
                 if reason.startswith("drain dropped"):
@@ -583,7 +585,7 @@ class Coordinator:
             self.watcher.dismissed(rank, stream.pid)
         self._drains.gone(incarnation)
 
-    def _start_engine(self, action: m.StartEngine) -> None:
+    def _start_engine(self, action: act.StartEngine) -> None:
         stream = self._current[action.rank]
         self.router.lost(action.rank, stream.incarnation)
         stream.incarnation = action.incarnation
@@ -614,7 +616,7 @@ class Coordinator:
         near = {first - size for size in sizes if size < first} | {*range(first, most + 1)}
         return sorted(near, key=lambda size: (abs(size - first), -size))
 
-    def _announce(self, epoch: m.Epoch, shrink: bool, leavers: Sequence[int], now: float) -> None:
+    def _announce(self, epoch: Epoch, shrink: bool, leavers: Sequence[int], now: float) -> None:
         node = {rank: i for i, rank in enumerate(self._nodes[epoch.generation])}
         body = {
             "type": "epoch",
@@ -674,7 +676,7 @@ class Coordinator:
         """
         self._check_host(host)
         ranks = [r for r, s in sorted(self._current.items()) if s.host == host and s.dismissed is None]
-        actions: list[m.Action] = []
+        actions: list[act.Action] = []
         if ranks and host not in self._drains:
             refused, actions = self._membership.drain(host, time.monotonic())
             if refused is not None:
@@ -726,7 +728,7 @@ class Coordinator:
         task.add_done_callback(self._background.discard)
 
     @property
-    def placement(self) -> m.Epoch:
+    def placement(self) -> Epoch:
         """The epoch that serves. Raises Unavailable where experts cannot be moved now."""
         if (refused := self._membership.busy) is not None:
             raise Unavailable(refused)

@@ -26,8 +26,8 @@ import numpy as np
 
 from moe_jax.request import Request, SamplingParams, TokenEvent
 from serving.admission import Owner
+from serving.epoch import Epoch
 from serving.ledger import Entry
-from serving.membership import Epoch
 
 _VERSION = 1
 _EPOCHS = 100  # that are kept

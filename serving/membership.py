@@ -27,9 +27,8 @@ incarnation is in no later epoch, and what it still says changes nothing.
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, permutations
 from math import factorial
@@ -37,10 +36,27 @@ from typing import Any, Literal
 
 import numpy as np
 
+from serving.actions import (
+    Abort,
+    Action,
+    Announce,
+    Dismiss,
+    Fence,
+    Forget,
+    Persist,
+    Prefetch,
+    Serve,
+    StartEngine,
+    StartService,
+    State,
+    StateChange,
+    StopService,
+)
+from serving.epoch import Epoch, Slots
+from serving.timers import Timers
+
 MOVES = ("restore", "rebalance")  # causes of epochs in which the same ranks hold other experts
 _MOST_AHEAD = 32  # hosts
-Slots = np.ndarray  # int32 [layers, num_ranks, S]: logical experts, -1: empty; rows of absent ranks are all -1
-State = Literal["STARTING", "SERVING", "RECOVERING", "UNSERVABLE", "DRAINING"]
 
 
 @dataclass(frozen=True)
@@ -83,18 +99,6 @@ class Rules:
                 raise ValueError(f"{name}: found {value!r}, expected more than 0 seconds")
 
 
-@dataclass(frozen=True, eq=False)
-class Epoch:
-    """Committed membership. Numbers only grow and none is used twice."""
-
-    number: int
-    generation: int
-    order: tuple[int, ...]  # ranks in mesh order
-    incarnations: tuple[int, ...]  # theirs
-    nodes: tuple[int, ...]  # their node ids in the generation
-    slots: Slots  # rows of ranks outside `order` are -1; read-only
-
-
 @dataclass
 class Recovery:
     """How one epoch came to be, whatever caused it. Times are the driver's; None: not reached (yet)."""
@@ -110,153 +114,6 @@ class Recovery:
     announced: float | None = None
     entered: dict[int, float] = field(default_factory=dict)  # by rank
     served: float | None = None
-
-
-class Action:
-    """What the driver has to do."""
-
-
-@dataclass(frozen=True)
-class StartService(Action):
-    """Start the service of a new generation, a process of its own, beside that of the one before."""
-
-    generation: int
-    nodes: tuple[int, ...]  # ranks; a rank's node id is its index
-
-
-@dataclass(frozen=True)
-class StopService(Action):
-    """End that service's process, stopped or not. It comes once the engines that would die with it are replaced."""
-
-    generation: int
-
-
-@dataclass(frozen=True, eq=False)
-class StartEngine(Action):
-    """Replace the worker's engine, if it has one, by a new one; what that one says carries this incarnation."""
-
-    rank: int
-    incarnation: int
-    generation: int
-    node: int
-    slots: np.ndarray  # int32 [layers, S]
-
-
-@dataclass(frozen=True)
-class Fence(Action):
-    """Shut this node out of the service until `fenced`; its next engine is started only after that."""
-
-    rank: int
-    incarnation: int
-    generation: int
-    node: int
-
-
-@dataclass(frozen=True)
-class Forget(Action):
-    """Node 0 is about to start again. Must be done before the StartEngine that follows."""
-
-    generation: int
-
-
-@dataclass(frozen=True)
-class Abort(Action):
-    """To these ranks: collectives of epochs <= `epoch` are over, and these are left. Repeated when fewer are."""
-
-    ranks: tuple[int, ...]
-    incarnations: tuple[int, ...]
-    epoch: int
-
-
-@dataclass(frozen=True, eq=False)
-class Persist(Action):
-    """May be repeated; the content of a number never changes."""
-
-    epoch: Epoch
-
-
-@dataclass(frozen=True, eq=False)
-class Announce(Action):
-    epoch: Epoch
-    shrink: bool  # enter now: nobody is stepping, they were told to abort. Otherwise at an agreed step
-    leavers: tuple[int, ...] = ()  # present ranks outside the epoch; told too, for they leave at that step
-
-
-@dataclass(frozen=True, eq=False)
-class Serve(Action):
-    """All members have entered."""
-
-    epoch: Epoch
-
-
-@dataclass(frozen=True)
-class Dismiss(Action):
-    """This worker has to exit. For the stream with this incarnation only."""
-
-    rank: int
-    incarnation: int
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Prefetch(Action):
-    rank: int
-    incarnation: int
-    slots: np.ndarray  # int32 [layers, S]
-
-
-@dataclass(frozen=True)
-class StateChange(Action):
-    name: State
-    reason: str
-
-
-class Timers:
-    """What is waited for, and until when. Keys are (kind, *which). A thousand may run, and most are started again
-    before they end: the heap keeps the old ends until they have passed."""
-
-    def __init__(self) -> None:
-        self._waits: dict[str, dict[tuple[Any, ...], tuple[float, float, int]]] = {}  # → (deadline, seconds, number)
-        self._ends: list[tuple[float, float, int, tuple[Any, ...]]] = []  # a heap; numbers tell what is still meant
-        self._number = 0
-
-    def start(self, seconds: float, now: float, *key: Any) -> None:
-        self._number += 1
-        wait = now + seconds, seconds, self._number
-        self._waits.setdefault(key[0], {})[key] = wait
-        heapq.heappush(self._ends, (*wait, key))
-
-    def running(self, kind: str, *which: Any) -> bool:
-        waits, prefix = self._waits.get(kind, {}), (kind, *which)
-        return bool(waits) and (not which or prefix in waits or any(key[: len(prefix)] == prefix for key in waits))
-
-    def stop(self, kind: str, *which: Any) -> None:
-        waits, prefix = self._waits.get(kind, {}), (kind, *which)
-        if waits.pop(prefix, None) is None and waits:
-            self._waits[kind] = {key: wait for key, wait in waits.items() if key[: len(prefix)] != prefix}
-
-    def keep(self, *kinds: str) -> None:
-        self._waits = {kind: waits for kind, waits in self._waits.items() if kind in kinds}
-
-    def expired(self, now: float) -> Iterator[tuple[Any, ...]]:
-        """Take out what has ended, earliest first. Timers may be started and stopped meanwhile."""
-        while self.due <= now:
-            key = heapq.heappop(self._ends)[3]
-            del self._waits[key[0]][key]
-            yield key
-
-    def restart(self, now: float) -> None:
-        for key, (_, seconds, _) in [item for waits in self._waits.values() for item in waits.items()]:
-            self.start(seconds, now, *key)
-
-    @property
-    def due(self) -> float:
-        while self._ends:
-            deadline, _, number, key = self._ends[0]
-            if self._waits.get(key[0], {}).get(key, (0.0, 0.0, 0))[2] == number:
-                return deadline
-            heapq.heappop(self._ends)
-        return float("inf")
 
 
 @dataclass

@@ -21,7 +21,7 @@ from serving.expert_loads import ExpertLoads
 
 if TYPE_CHECKING:
     from serving.coordinator import Coordinator
-    from serving.membership import Epoch
+    from serving.epoch import Epoch
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from moe_jax.request import Request, TokenEvent
 from moe_jax.scheduler import Limits, QueueFull
 from serving.admission import Owner, Pace
 from serving.channel import Message, encode
+from serving.epoch import Epoch
 from serving.journal import Journal
 from serving.ledger import Entry, Ledger, Place, Score
-from serving.membership import Epoch
 from serving.metrics import Metrics, Step
 from serving.recoveries import Recoveries
 

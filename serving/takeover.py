@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.membership import Epoch
+from serving.epoch import Epoch
 
 GRACE = 5.0  # seconds for the workers to come: they try twice a second
 ANSWER = 2.0  # seconds from the first answer, for the others

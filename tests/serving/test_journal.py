@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from moe_jax.request import Request, SamplingParams, TokenEvent
+from serving.epoch import Epoch
 from serving.journal import Journal
 from serving.ledger import Entry, Ledger
-from serving.membership import Epoch
 
 ROOT = Path(__file__).parents[2]
 

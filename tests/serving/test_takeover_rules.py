@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 
 import pytest
 
+from serving import actions as act
 from serving import membership as m
+from serving.epoch import Epoch
 from serving.takeover import ANSWER, GRACE, Takeover
-from tests.serving.test_membership import placement
+from tests.serving.world import placement
 
 T = TypeVar("T")
 
@@ -18,47 +20,47 @@ plan, repair, restore = placement(3, 6, 4)
 RULES = m.Rules(3, HOSTS, plan, repair, restore)
 
 
-def epoch(order: tuple[int, ...] = (0, 2, 1), number: int = 7) -> m.Epoch:
+def epoch(order: tuple[int, ...] = (0, 2, 1), number: int = 7) -> Epoch:
     slots = repair(plan([0, 1, 2]), sorted(order))
     assert slots is not None
     slots.flags.writeable = False
-    return m.Epoch(number, 3, order, tuple(10 + r for r in order), order, slots)
+    return Epoch(number, 3, order, tuple(10 + r for r in order), order, slots)
 
 
-def taken_over(last: m.Epoch, entered: dict[int, int], rules: m.Rules = RULES) -> tuple[m.Membership, list[m.Action]]:
+def taken_over(last: Epoch, entered: dict[int, int], rules: m.Rules = RULES) -> tuple[m.Membership, list[act.Action]]:
     machine = m.Membership(rules)
     machine.restore_from(last.number, 20, last.generation)
     return machine, machine.take_over(last, (0, 1, 2), {(0, 1, 2): (10, 11, 12)}, entered, 100.0)
 
 
-def only(actions: list[m.Action], kind: type[T]) -> T:
+def only(actions: list[act.Action], kind: type[T]) -> T:
     (found,) = (action for action in actions if isinstance(action, kind))
     return found
 
 
-def kinds(actions: list[m.Action]) -> set[type]:
+def kinds(actions: list[act.Action]) -> set[type]:
     return {type(action) for action in actions}
 
 
 def test_all_are_where_they_should_be():
     machine, actions = taken_over(epoch(), dict.fromkeys(range(3), 7))
-    assert only(actions, m.Serve).epoch.number == 7 and machine.state == "SERVING"
-    assert kinds(actions) <= {m.Serve, m.StateChange, m.Prefetch}
+    assert only(actions, act.Serve).epoch.number == 7 and machine.state == "SERVING"
+    assert kinds(actions) <= {act.Serve, act.StateChange, act.Prefetch}
     assert [rank["state"] for rank in machine.status()["ranks"]] == ["live"] * 3
     lost = machine.lost(2, 12, "its stream broke", 100.5)
-    assert only(lost, m.Fence).incarnation == 12 and only(lost, m.Abort).epoch == 7
+    assert only(lost, act.Fence).incarnation == 12 and only(lost, act.Abort).epoch == 7
     assert machine.numbers == (7, 20, 3)
     committed = machine.fenced(2, 12, 100.51) + machine.tick(100.6)
-    assert only(committed, m.Persist).epoch.number == 8
+    assert only(committed, act.Persist).epoch.number == 8
 
 
 def test_one_is_missing():
     machine, actions = taken_over(epoch(), {0: 7, 2: 7})
-    assert only(actions, m.Fence) == m.Fence(1, 11, 3, 1)
-    assert only(actions, m.Abort) == m.Abort((0, 2), (10, 12), 7) and machine.state == "RECOVERING"
+    assert only(actions, act.Fence) == act.Fence(1, 11, 3, 1)
+    assert only(actions, act.Abort) == act.Abort((0, 2), (10, 12), 7) and machine.state == "RECOVERING"
     actions = machine.fenced(1, 11, 100.01) + machine.tick(100.1)
-    new = only(actions, m.Persist).epoch
-    announced = only(machine.persisted(8, 100.11), m.Announce)
+    new = only(actions, act.Persist).epoch
+    announced = only(machine.persisted(8, 100.11), act.Announce)
     assert announced.epoch is new and announced.shrink and set(new.order) == {0, 2} and new.incarnations == (10, 12)
 
 
@@ -66,20 +68,20 @@ def test_one_is_missing():
 def test_not_all_had_entered_the_last_epoch(entered):
     """Nobody knows who waits for whom, so all leave and enter the next one, in an order that was never used."""
     machine, actions = taken_over(epoch(), entered)
-    assert only(actions, m.Abort) == m.Abort((0, 2, 1), (10, 12, 11), 7) and m.Fence not in kinds(actions)
+    assert only(actions, act.Abort) == act.Abort((0, 2, 1), (10, 12, 11), 7) and act.Fence not in kinds(actions)
     actions = [*actions, *machine.tick(100.1)]
-    new = only(actions, m.Persist).epoch
+    new = only(actions, act.Persist).epoch
     assert sorted(new.order) == [0, 1, 2] and new.order not in ((0, 1, 2), (0, 2, 1)) and new.number == 8
-    assert only(machine.persisted(8, 100.11), m.Announce).shrink
+    assert only(machine.persisted(8, 100.11), act.Announce).shrink
 
 
 def test_a_rank_outside_the_epoch_is_fenced_before_it_starts_anew():
     """It may have been joining, and the service knows an engine of it that nobody hears of any more."""
     machine, actions = taken_over(epoch((0, 2)), {0: 7, 2: 7})
-    assert only(actions, m.Fence) == m.Fence(1, 0, 3, 1) and only(actions, m.Serve)
+    assert only(actions, act.Fence) == act.Fence(1, 0, 3, 1) and only(actions, act.Serve)
     incarnation, actions = machine.hello(1, "b", 100.1)
-    assert incarnation == 21 and m.StartEngine not in kinds(actions)
-    started = only(machine.fenced(1, 0, 100.2), m.StartEngine)
+    assert incarnation == 21 and act.StartEngine not in kinds(actions)
+    started = only(machine.fenced(1, 0, 100.2), act.StartEngine)
     assert (started.rank, started.incarnation, started.generation, started.node) == (1, 21, 3, 1)
 
 
@@ -89,7 +91,7 @@ def test_redundancy_is_restored():
     held = few.slots.copy()
     held[:, 1] = held[:, 0]
     _, actions = taken_over(replace(few, slots=held), dict.fromkeys(range(3), 7))
-    assert m.Prefetch in kinds(actions)
+    assert act.Prefetch in kinds(actions)
 
 
 def test_too_few_are_left():
