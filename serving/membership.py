@@ -516,6 +516,7 @@ class Membership:
                     self._timers.start(self.rules.window_s, now, "window")
         elif self._pending and set(gone) & set(self._pending.order):
             self._drop_pending()  # a joiner that nobody had been told about: the mesh never knew it
+            self._approach(now)  # what was put off for it
 
     def _retire(self, rank: int, reason: str, now: float) -> None:
         worker = self._workers.pop(rank)

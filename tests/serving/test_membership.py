@@ -23,7 +23,7 @@ from serving.actions import (
     StopService,
 )
 from serving.membership import Membership, Rules
-from tests.serving.world import World, history, placement
+from tests.serving.world import Engine, Process, World, history, placement
 
 HISTORIES = int(os.environ.get("MEMBERSHIP_HISTORIES", "2000"))
 FIRST = int(os.environ.get("MEMBERSHIP_FIRST", "0"))
@@ -44,26 +44,31 @@ def test_random_histories():
     print(f"\n{dict(sorted(tally.items()))}")
 
 
-def test_a_barrier_whose_members_have_not_heard_that_it_is_over():
-    """In the world: one is deaf, the other lost and cut off from the coordinator, and its successor has come."""
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_barrier_and_two_engines_of_a_node(slow):
+    """In the world. One has been shut out, and cannot hear of it: while it enters, or before it had connected."""
     world = World(0, Counter())
     world.faulty = False
     assert world.rules.num_ranks > 1 and world.run(20.0, world.settled)
     epoch = world.announced[-1]
     engines = [world.engines[i] for i in epoch.incarnations]
-    deaf, *_, lost = engines
+    last, *_, other = engines
     for engine in engines:
         engine.state = "entering"
         world.arrived[epoch.number].add(engine.incarnation)
-    world.arrived[epoch.number].remove(deaf.incarnation)
-    deaf.stuck = True
-    for engine in engines[1:]:
-        engine.process.held_until = world.now + 10.0
-    world.launch(lost.rank, twice=True)
+    world.arrived[epoch.number].remove(last.incarnation)
     came = world.services[epoch.generation].came
-    assert world.run(world.now + 1.0, lambda: came[lost.node] not in (None, lost))
-    assert lost.alive and world.healthy(epoch, "entering")
-    world.arrive(deaf, epoch)
+    if slow:
+        world.out.add(-1)
+        world.connect(Engine(Process(other.rank), -1, other.generation, other.node))
+    else:
+        last.stuck = True
+        for engine in engines[1:]:
+            engine.process.held_until = world.now + 10.0
+        world.launch(other.rank, twice=True)
+        world.run(world.now + 1.0, lambda: came[other.node] not in (None, other))
+    assert came[other.node] is not other and world.healthy(epoch, "entering")
+    world.arrive(last, epoch)
     world.run(world.now + 0.1)
     assert {engine.state for engine in engines} == {"entering"}
 
@@ -439,6 +444,23 @@ def test_joiner_lost_before_it_is_announced_disturbs_nobody():
     assert kinds(play.take())[:3] == [Fence, Dismiss, Abort]
     play.wait(0.1)
     assert play.enter().order == (1, 0)
+
+
+def test_joiner_lost_before_it_is_announced_while_redundancy_is_restored():
+    play = Play(ranks=4)
+    play.kill(1)
+    play.wait(0.1)
+    order = play.enter().order
+    prefetches = play.seen(Prefetch)
+    play.hello(1)
+    play.load(1)
+    joined = play.seen(Persist)[-1].epoch
+    assert prefetches and 1 in joined.order
+    play.take()
+    play.kill(1)
+    assert len(play.seen(Prefetch)) == len(prefetches)  # again: they were put off for it
+    play.finish_restoring()
+    assert play.epoch.order == order and play.epoch.number > joined.number and play.machine.busy is None
 
 
 def test_member_lost_while_a_join_is_committed():
