@@ -154,6 +154,11 @@ def meet() -> None:
             assert [answer.result() for answer in answers] == [nodes] * 3
             if name == "epoch-2":
                 assert [client.calls for client in others] == [1, 1]
+        answers = [pool.submit(meeting.meet, "all come", nodes, 10.0) for meeting in meetings]
+        assert [answer.result() for answer in answers] == [True] * 3
+        answers = [pool.submit(meeting.meet, "one stays away", nodes, 0.5) for meeting in meetings[1:]]
+        assert [answer.result() for answer in answers] == [False] * 2
+        assert not meetings[0].meet("one stays away", nodes, 0.5), "it came late"
     assert service is not None
 
 
