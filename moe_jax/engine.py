@@ -27,6 +27,7 @@ from moe_jax.attention import cache_shapes
 from moe_jax.batch_input import Layout, unpack_output
 from moe_jax.checkpoint import Checkpoint, ExpertReader, first_moe_layers, load_params, widened
 from moe_jax.config import Bucket, EngineConfig
+from moe_jax.distributed import Loaded
 from moe_jax.executables import Executables, Program
 from moe_jax.mesh import REPLICATED, SHARDED, STACKED, ExpertMesh, param_specs
 from moe_jax.placement import routing
@@ -177,7 +178,7 @@ class Engine:
         for bucket in self.buckets:
             if not bucket.score:
                 with _beside_steps():
-                    self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
+                    self.load_step(mesh, bucket)
 
     def connect(self, mesh: ExpertMesh, able: bool) -> bool:
         """Build the communicator of a mesh that may be entered later: all its ranks together, between the same two
@@ -193,9 +194,9 @@ class Engine:
             raise jax.errors.JaxRuntimeError(f"epoch {self.epoch}: a collective was aborted")
         return found == 1 + size
 
-    def load_step(self, mesh: ExpertMesh, bucket: Bucket) -> None:
-        """What `rehearse` runs, beforehand: nobody waits for it then."""
-        self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
+    def load_step(self, mesh: ExpertMesh, bucket: Bucket) -> Loaded:
+        """The step's program; what is loaded beforehand, nobody waits for."""
+        return self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
 
     def has_steps(self, ranks: int) -> bool:
         """Whether none of the steps that `rehearse` would run in a mesh of so many ranks has to be compiled."""
@@ -203,9 +204,8 @@ class Engine:
         return not self.programs.missing(steps)
 
     def rehearse(self, mesh: ExpertMesh, bucket: Bucket) -> None:
-        """Run a step of a mesh that may be entered later and the write behind it, on nothing, as `connect`: a GPU is
-        given a program's code when it first runs, and after a loss nobody has time for that. Raises JaxRuntimeError as
-        `connect`."""
+        """Run a mesh's step and the write behind it on nothing, all its ranks together: a GPU is given a program's code
+        when it first runs, and after a loss nobody has time for that. Raises JaxRuntimeError as `connect`."""
         shape = self.model.num_moe_layers, self.model.num_experts, self.config.max_replicas
         fixed, proof = self._fix_table(mesh, np.zeros(shape, np.int32)), 1
         vectors = [self.layouts[bucket].pack(StepPlan(), (0, 0, 0, proof))[None] for _ in self.ranks]
@@ -393,8 +393,7 @@ class Engine:
     ) -> tuple[Any, ...]:
         """The step's program: its results as in _Flight."""
         cache = [self._label(mesh, array) for array in self.cache.values()]
-        step = self.programs.load(Program("step", bucket, mesh.size), mesh.devices)
-        out, tokens, *rest = step([*fixed, *cache, mesh.assemble(last, SHARDED), batch])
+        out, tokens, *rest = self.load_step(mesh, bucket)([*fixed, *cache, mesh.assemble(last, SHARDED), batch])
         self.handed_over += 1
         return out, tokens, rest[: len(cache) + 1], rest[len(cache) + 1 :]
 
@@ -458,11 +457,7 @@ class Engine:
             wanted += [(Program("write", bucket, self.own.size), self.own.devices) for bucket in self.buckets]
             self.programs.load_all(wanted)
         for bucket in self.buckets:
-            vectors = [self.layouts[bucket].pack(StepPlan())[None] for _ in self.ranks]
-            batch = self.mesh.put(vectors, SHARDED)
-            out, _, new, _ = self._run(self.mesh, self.fixed, bucket, self._none, batch)
-            jax.block_until_ready(out)
-            self._write(bucket, new, self.own.put(vectors, SHARDED))
+            self.rehearse(self.mesh, bucket)
         jax.block_until_ready(self.cache)
 
     def rehearse_alone(self) -> None:
@@ -474,7 +469,7 @@ class Engine:
             return
         if self.programs.missing(self.programs.wanted(self.own.size, self.own.size)):
             return
-        self.mesh, self.fixed = self.own, self._fix(self.own, self.slots)
+        self.mesh = self.own
         self.warm_up()
         self.leave()
 

@@ -229,10 +229,9 @@ def _compile(shape: Shape) -> None:
     from serving import server
 
     engine = shape.options()
-    own = {"load_format": engine.pop("load_format", "auto")}
-    options = server.Options(
-        model_directory(shape.model), "", "cpu", shape.hosts, shape.ranks_per_host, engine=engine, **own
-    )
+    load_format = engine.pop("load_format", "auto")
+    model = model_directory(shape.model)
+    options = server.Options(model, "", "cpu", shape.hosts, shape.ranks_per_host, load_format, engine)
     start = server.prepare(options)[0].start
     if start["cache"] is not None:
         config = EngineConfig(**start["config"])

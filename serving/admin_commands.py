@@ -151,11 +151,17 @@ def run_health(args: argparse.Namespace) -> int:
     return 0 if name == "SERVING" else 1
 
 
-def configure_drain(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("host", metavar="HOST", help="label of the host that shall leave")
+def _add_host(parser: argparse.ArgumentParser, host: str, timeout: float, until: str) -> None:
+    parser.add_argument("host", metavar="HOST", help=f"label of the host that {host}")
     _add_coordinator(parser)
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for it to have left")
+    parser.add_argument(
+        "--timeout", type=float, default=timeout, metavar="S", help=f"seconds to wait for it to {until}"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def configure_drain(parser: argparse.ArgumentParser) -> None:
+    _add_host(parser, "shall leave", 120.0, "have left")
 
 
 def run_drain(args: argparse.Namespace) -> int:
@@ -168,10 +174,7 @@ def run_drain(args: argparse.Namespace) -> int:
 
 
 def configure_undrain(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("host", metavar="HOST", help="label of the host that was drained")
-    _add_coordinator(parser)
-    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="seconds to wait for it to serve")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    _add_host(parser, "was drained", 300.0, "serve")
 
 
 def run_undrain(args: argparse.Namespace) -> int:

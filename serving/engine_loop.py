@@ -121,10 +121,9 @@ class EngineLoop:
 
     def advance(self) -> None:
         """Enter an epoch, or take a step, if it is time."""
-        over = self.engine.mesh is not None and self._aborted >= self.engine.epoch
-        if self._may_make_ready:  # even if it is over by now: the others may not have heard, and wait for this rank
+        if self._may_make_ready:  # even if the epoch is over: the others may not have heard, and wait for this rank
             self._make_ready()
-        elif over:
+        elif self.engine.mesh is not None and self._aborted >= self.engine.epoch:
             self.engine.leave()
         elif self._may_enter:
             self.enter()
@@ -342,7 +341,7 @@ class EngineLoop:
             self._note_sockets(self._active)
             if bucket is not None:
                 self.engine.load_step(mesh, bucket)
-            able, nodes = self.engine.has_steps(mesh.size), _nodes(mesh)
+            able, nodes = bucket is not None or self.engine.has_steps(mesh.size), _nodes(mesh)
             # All of the mesh do it or none: if all of them live on, nothing ends a collective that one stays away from.
             if mesh.size == 1 or self._meetings.meet(f"ready-{self.engine.epoch}-{len(self._unready)}", nodes, _MEET):
                 self._together(lambda: self._do_bit(mesh, bucket, able), mesh)

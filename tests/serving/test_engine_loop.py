@@ -228,15 +228,13 @@ def test_a_second_loss_before_the_next_epoch(monkeypatch: pytest.MonkeyPatch):
         rung.append(doomed)
         return len(rung) < 12
 
-    def mesh(*nodes: int) -> Any:
-        return Mesh(nodes)
-
     monkeypatch.setattr(engine_loop, "ring", ring)
     monkeypatch.setattr(engine_loop, "cut_collectives", lambda service, attempt, spared: cuts.append(spared))
     monkeypatch.setattr(engine_loop, "open_sockets", lambda: dict.fromkeys(("all", "0 2 3", "0 3"), 0))
     engine.programs.connects_ahead = True
-    loop._active = active = mesh(0, 1, 2, 3)
-    loop._sockets = {active: {"all"}, mesh(0, 2, 3): {"0 2 3"}, mesh(0, 3): {"0 3"}}
+    all_of_them: Any = Mesh((0, 1, 2, 3))
+    sockets: Any = {all_of_them: {"all"}, Mesh((0, 2, 3)): {"0 2 3"}, Mesh((0, 3)): {"0 3"}}
+    loop._active, loop._sockets = all_of_them, sockets
     with loop._collective(1):
         abort(0, 2, 3)
         begun = loop._cut
