@@ -6,7 +6,7 @@ with the tokens. When all wish nothing all park; a doorbell, a number that only 
 them. A rank counts a bell as answered once all ranks have heard it (the agreed count of bells is the least), so a bell
 that reaches one rank a step earlier than another wakes both. In the same way all learn after the same step that all
 have heard of a new epoch: then they leave, and enter it together. No other word passes between ranks, but that
-`connect` tells whether all of a mesh have its programs.
+`connect` tells whether all of a mesh have its programs. (What an epoch's first step is for they are told with it.)
 
 What a rank has on its device (parameters, cache) has the same shapes in every epoch. To enter one is to label the same
 buffers as parts of another mesh, with other programs and another routing table.
@@ -140,15 +140,20 @@ class Engine:
 
     # Epochs
 
-    def enter(self, epoch: int, mesh: ExpertMesh, slots: np.ndarray, fetched: Experts | None = None) -> float:
+    def enter(
+        self, epoch: int, mesh: ExpertMesh, slots: np.ndarray, fetched: Experts | None = None, prefill: int = 0
+    ) -> float:
         """Form `mesh`, with all ranks of it doing the same. slots [layers with experts, ranks of the mesh, slots].
 
         Experts that this process should hold and does not are taken from `fetched`, or loaded. The next step is the
         first of the epoch; nothing is agreed before it, but that in the same mesh it is the step which the last one
         agreed on: who does not know that has left the mesh, and does not come back to it without a new communicator.
-        Returns the seconds that experts took.
+        In another mesh it is one for so many prompt tokens of some rank, `prefill`, which all have been told; 0: the
+        smallest. Returns the seconds that experts took.
         """
-        level = self.level if self.mesh is not None and self.mesh.devices == mesh.devices else 0
+        level = (
+            self.level if self.mesh is not None and self.mesh.devices == mesh.devices else self._first_level(prefill)
+        )
         self.leave()
         begun = time.monotonic()
         self.hold(slots[:, list(mesh.local)], fetched or {})
@@ -162,6 +167,10 @@ class Engine:
         self.mesh, self.epoch, self.level, self.epoch_agreed, self._tries = mesh, epoch, level, -1, 0
         self.epoch_heard = max(self.epoch_heard, epoch)
         return seconds
+
+    def _first_level(self, prefill: int) -> int:
+        rows = self.config.max_batch + prefill
+        return self.buckets.index(self.config.bucket_for(rows, True)) + 1 if prefill else 0
 
     def _fix(self, mesh: ExpertMesh, slots: np.ndarray) -> list[jax.Array]:
         return self._fix_table(mesh, routing(slots, self.model.num_experts, self.config.max_replicas))

@@ -39,7 +39,7 @@ from serving.rebalancing import Rebalancing
 from serving.recoveries import Recoveries
 from serving.router import Listener, Oblivion, Router
 from serving.service_process import ServiceProcess
-from serving.status import describe
+from serving.status import describe, ready_sizes
 from serving.takeover import Takeover
 from serving.tls import Tls
 from serving.wire import WellFormed
@@ -618,6 +618,11 @@ class Coordinator:
 
     def _announce(self, epoch: Epoch, shrink: bool, leavers: Sequence[int], now: float) -> None:
         node = {rank: i for i, rank in enumerate(self._nodes[epoch.generation])}
+        members = dict(zip(epoch.order, epoch.incarnations, strict=True))
+        # Requests go before the epoch: its first step takes up what had to leave its rank, where programs are at hand.
+        prefill = self.router.serve(members, leavers)
+        streams = [self._streams.get(incarnation) for incarnation in epoch.incarnations]
+        ready = all(s is not None and len(epoch.order) in ready_sizes(s) for s in streams)
         body = {
             "type": "epoch",
             "number": epoch.number,
@@ -625,18 +630,16 @@ class Coordinator:
             "nodes": list(epoch.nodes),
             "slots": epoch.slots.tolist(),
             "shrink": shrink,
+            "prefill": prefill if ready else 0,
             "bell": self.router.next_bell(),
             "ahead": [(order, [node[r] for r in order]) for order in self._membership.ahead()],
         }
         frame = encode(body)
-        members = dict(zip(epoch.order, epoch.incarnations, strict=True))
         told = [*members.values(), *(self._current[rank].incarnation for rank in leavers if rank in self._current)]
         for incarnation in told:
             self._send(incarnation, frame)
         self._recoveries.announced(self._membership.recoveries[-1], list(leavers), now)
         self._epochs = {incarnation: self._epochs.get(incarnation, 0) + 1 for incarnation in epoch.incarnations}
-        # Requests right behind the epoch, so that they are there when the engine goes on.
-        self.router.serve(members, leavers)
 
     # Time
 

@@ -280,7 +280,7 @@ class EngineLoop:
                 with self._collective(number):
                     self._barrier(number, nodes, mesh)
             ms["agree"] = 1e3 * (time.monotonic() - begun)
-            moved = engine.enter(number, mesh, slots, self._fetched)
+            moved = engine.enter(number, mesh, slots, self._fetched, body["prefill"])
             self._fetched = {}
             ms["load"], ms["rebuild"] = 1e3 * moved, 1e3 * (time.monotonic() - begun) - ms["agree"] - 1e3 * moved
             before = time.monotonic()

@@ -11,6 +11,7 @@ import contextlib
 import os
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ class Router:
         self._metrics = metrics
         for entry in journal.unfinished:
             metrics.accepted(entry.key, time.monotonic())
-        self._max_wait, self._pace, self._ranks = max_wait, Pace(), ranks
+        self._max_wait, self._pace, self._ranks, self._tile = max_wait, Pace(), ranks, limits.row_tile
         self._pace.began(time.monotonic())
         self.ledger.restore(journal.unfinished)
         self.members: dict[int, int] = {}  # rank: incarnation of those that may be given work
@@ -176,13 +177,14 @@ class Router:
 
     # Members
 
-    def serve(self, members: Mapping[int, int], leavers: Collection[int]) -> None:
-        """Work goes to these (rank: incarnation) from now on, and leaves `leavers`."""
+    def serve(self, members: Mapping[int, int], leavers: Collection[int]) -> int:
+        """Work goes to these (rank: incarnation) from now on, and leaves `leavers`. Returns the rows of prompt tokens
+        that one of them gets to compute now, of those the most."""
         self.members = dict(members)
         self.ledger.drain(leavers)
         for told in self.ledger.relieve(self.members):
             self._tell_to_cancel(told)
-        self.place()
+        return max(self.place().values(), default=0)
 
     def lost(self, rank: int, incarnation: int) -> None:
         """Its work waits for another place."""
@@ -190,15 +192,19 @@ class Router:
             del self.members[rank]
         self.ledger.lost(rank, incarnation)
 
-    def place(self) -> None:
-        """Send what waits to those who can serve it."""
+    def place(self) -> Counter[int]:
+        """Send what waits to those who can serve it. Returns the rows that their prompts take, by rank."""
+        rows: Counter[int] = Counter()
         if not self.members or not self.ledger.waiting:
-            return
+            return rows
         for job in self.ledger.place(self.members):
             assert job.place is not None
             self._send(job.place.incarnation, encode(job.command()))
             self._metrics.placed(job.key, job.place.rank, time.monotonic())
+            if isinstance(job, Entry):
+                rows[job.place.rank] += -(-job.size // self._tile) * self._tile
         self.wake()
+        return rows
 
     def wake(self) -> None:
         """Ring, once this turn of the loop is over."""

@@ -28,7 +28,7 @@ def describe(
     for rank in status["ranks"]:
         rank |= _rank(None if rank["state"] == "lost" else streams.get(rank["rank"]), ledger)
     live = [rank["rank"] for rank in status["ranks"] if rank["state"] == "live"]
-    ready = [set(_programs(streams[rank])) for rank in live if rank in streams]
+    ready = [set(ready_sizes(streams[rank])) for rank in live if rank in streams]
     return {
         **status,
         "experts": None if epoch is None else _experts(epoch.slots, live, hosts, cluster.num_experts),
@@ -51,11 +51,11 @@ def _rank(stream: WorkerStream | None, ledger: Ledger) -> dict[str, Any]:
         "compilations": stream.compiled,  # since its engine was started
         "kv_cache_usage": None if stream.usage is None else round(stream.usage, 4),
         "requests": ledger.load(Place(stream.rank, stream.incarnation)).jobs,
-        "programs": _programs(stream),
+        "programs": ready_sizes(stream),
     }
 
 
-def _programs(stream: WorkerStream) -> list[int]:
+def ready_sizes(stream: WorkerStream) -> list[int]:
     """Sizes of meshes whose programs its engine has at hand."""
     return stream.answers.get("programs", {}).get("sizes", [])
 

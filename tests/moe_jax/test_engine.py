@@ -15,6 +15,7 @@ import reference
 
 import moe_jax.executables
 from moe_jax.checkpoint import load_params, open_checkpoint
+from moe_jax.engine import Engine
 from moe_jax.executables import Executables, Program, compilations
 from moe_jax.kernels.hopper_ffn import hopper_ffn_reference
 from moe_jax.kernels.paged_attention import paged_attention_reference
@@ -111,6 +112,26 @@ def test_what_makes_a_mesh_ready_leaves_no_trace() -> None:
     for name, array in engine.cache.items():
         np.testing.assert_array_equal(array, cache[name])
     assert run(undisturbed, second) == run(engine, second)
+
+
+def test_the_first_step_of_an_epoch_takes_up_what_all_were_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so takes one less; tokens are the same. In the mesh of before it is the step that was agreed on."""
+    moved = request("r", list(range(10, 40)))
+    expected, steps = run(make_engine(), [moved]), []
+    monkeypatch.setattr(Engine, "_alone", False)  # as where other ranks are elsewhere
+    for prefill in (0, 32, 10_000):
+        engine = make_engine()
+        mesh = engine.mesh
+        assert mesh is not None
+        engine.leave()
+        engine.enter(2, mesh, engine.slots, prefill=prefill)
+        first = engine.buckets[(engine.level or 1) - 1]
+        assert first.rows == engine.config.max_batch + min(prefill, engine.config.max_prefill_rows)
+        engine.enter(3, mesh, engine.slots, prefill=32 - prefill)
+        assert engine.buckets[(engine.level or 1) - 1] == first
+        assert run(engine, [moved]) == expected
+        steps.append(engine.steps)
+    assert steps == [9, 8, 8]
 
 
 @pytest.mark.parametrize(

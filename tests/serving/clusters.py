@@ -151,13 +151,10 @@ class Running:
             self.streams[f"r{seed}"] = events
 
     async def flowing(self, more: int = 5) -> None:
-        """Until every stream that has not ended has so many tokens more than now."""
-        before = {name: len(events) for name, events in self.streams.items()}
+        """Until every stream that is here now and has not ended has so many tokens more."""
+        wanted = [(events, len(events) + more) for events in self.streams.values()]
         await self.until(
-            lambda: all(
-                len(events) >= before[name] + more or (events and events[-1].finish_reason is not None)
-                for name, events in self.streams.items()
-            )
+            lambda: all(len(events) >= n or (events and events[-1].finish_reason is not None) for events, n in wanted)
         )
 
     async def finish(self) -> None:

@@ -8,6 +8,7 @@ An engine's token is a function of (seed, index). How it behaves is said in the 
     error                     {"rank", "kind", "message"}: this rank says so instead of joining
     die                       {"rank", "at"}: this rank kills itself at "start", "joined" or "ready"
     deaf                      {"rank", "epoch"}: this rank never enters this epoch
+    sizes                     of the meshes whose programs it has at hand
     routes                    [layers][experts], the tokens that a step of one request gives to each
     kernels                   the rank whose kernels are not those of the others
     dies_with_service         as an engine does when the JAX service is killed
@@ -47,7 +48,7 @@ class FakeEngine:
         self.member = False
         self.requests: dict[int, dict[str, Any]] = {}
         self.fake: dict[str, Any] = {}
-        self.steps = self.bell = 0
+        self.steps = self.bell = self.prefill = 0
         self.scores: list[dict[str, Any]] = []
         self.loads = np.zeros((0, 0), np.int64)
 
@@ -94,7 +95,8 @@ class FakeEngine:
                 self.send({"type": "loads", "shape": self.loads.shape}, self.loads.tobytes())
                 self.loads[:] = 0
             case "status":
-                self.send({"type": "status", "compilations": 0, "steps": self.steps, "parked": self.parked})
+                counts = {"compilations": 0, "steps": self.steps, "prefill": self.prefill}
+                self.send({"type": "status", **counts, "parked": self.parked})
             case other:
                 raise ValueError(other)
 
@@ -118,6 +120,8 @@ class FakeEngine:
         generation = body["generation"]
         ready = {"type": "ready", "generation": generation, "compilations": 0, "seconds": seconds, "device": "fake"}
         self.send(ready | {"kernels": int(fake.get("kernels") == self.rank)})
+        if "sizes" in fake:
+            self.send({"type": "programs", "sizes": fake["sizes"]})
 
     def die(self, at: str) -> None:
         if self.fake.get("die") == {"rank": self.rank, "at": at}:
@@ -128,7 +132,7 @@ class FakeEngine:
         if self.fake.get("deaf") == {"rank": self.rank, "epoch": body["number"]}:
             return
         assert body["number"] > self.epoch, (body["number"], self.epoch)
-        self.epoch, self.member = body["number"], self.rank in body["order"]
+        self.epoch, self.member, self.prefill = body["number"], self.rank in body["order"], body["prefill"]
         time.sleep(self.fake.get("enter", 0.0))
         ms = {"fail": 0.0, "load": 0.0, "rebuild": 1e3 * self.fake.get("enter", 0.0), "agree": 0.0}
         self.send({"type": "entered", "epoch": self.epoch, "ms": ms, "compilations": 0})

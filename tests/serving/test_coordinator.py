@@ -502,6 +502,21 @@ def test_idle_engines_are_left_alone():
     run(scenario, fake_cluster(FOUR))
 
 
+@pytest.mark.parametrize("sizes", [[4, 3], [4]])
+def test_the_first_step_after_a_loss_is_for_what_has_to_be_prefilled_again(sizes: list[int]):
+    """All ranks are told of the same; of nothing where not all have the programs of the mesh."""
+
+    async def scenario(r: Running) -> None:
+        r.submit(16, 100)  # four on each rank; prompts of 3 tokens, and of two tiles once 14 more are known
+        await r.flowing(14)
+        kill(r.engine(1), SIGKILL)
+        await r.serving([0, 2, 3], after=1)
+        told = {a["prefill"] for a in (await r.coordinator.ask({"type": "status"})).values()}
+        assert told == {2 * 32 if 3 in sizes else 0}  # one of three ranks takes two of the four
+
+    run(scenario, fake_cluster(FOUR, fake={"step": 0.05, "sizes": sizes}), restart=False)
+
+
 # Load
 
 
