@@ -306,12 +306,13 @@ def cut_collectives(service_address: str, attempt: int = 0, spared: Collection[s
     until they have ended, with the number of the attempt.
 
     Gloo does not pass an abort on: a survivor that waits for another which has given up would wait for ever. So all
-    TCP sockets but the one to the JAX service are shut down; first for reading only, see `shield_collectives`. They stay
-    open for a while, though Gloo closes them, for a peer may not have shielded its end yet: without this, of four ranks
-    that were cut while they connected, one never left in 5 of 2,880 times. NCCL is aborted by XLA, see `ring`. What XLA
-    cannot abort is a communicator that is being made: NCCL waits in it for a lost rank to connect (seen with 0.11.2). So
-    if it takes longer than an abort ever does, NCCL's connections end, which ends that wait with an error; `spared` are
-    sockets, as `open_sockets` names them, of its other communicators.
+    TCP sockets but the one to the JAX service are shut down; first for reading only, see `shield_collectives`. They
+    stay open for a while, though Gloo closes them, for a peer may not have shielded its end yet: without this, of four
+    ranks that were cut while they connected, one never left in 5 of 2,880 times.
+
+    NCCL is aborted by XLA, see `ring`. What XLA cannot abort is a communicator that is being made: NCCL waits in it for
+    a lost rank to connect (seen with 0.11.2). So if it takes longer than an abort ever does, NCCL's connections end,
+    which ends that wait with an error; `spared` are sockets, as `open_sockets` names them, of its other communicators.
     """
     if jax.default_backend() == "cpu":
         for s in _peers(service_address):
