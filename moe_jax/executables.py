@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
-from moe_jax import attention, gate, programs
+from moe_jax import attention, programs
 from moe_jax.batch_input import Layout, pack_output
 from moe_jax.checkpoint import Checkpoint, param_types, widened
 from moe_jax.config import Bucket, ConfigError, EngineConfig, ModelConfig
@@ -77,7 +77,6 @@ class Executables:
     types: Any
     kind: str  # of device
     store: programs.ProgramStore
-    gated: bool  # steps have gates before their collectives, see `gate`
     _loaded: dict[tuple[Program, tuple[int, ...]], Loaded] = field(default_factory=dict, repr=False)
     _small: dict[tuple[str, int], Loaded] = field(default_factory=dict, repr=False)  # by key and device
 
@@ -91,8 +90,7 @@ class Executables:
             {n: prepared_dtype(t, platform) if n.startswith("experts_") else t for n, t in segment.items()}
             for segment in types["segments"]
         ]
-        gated = kind != "cpu" and gate.wanted()
-        return Executables(checkpoint.config, replace(engine, kernels=kernels), types, kind, store, gated)
+        return Executables(checkpoint.config, replace(engine, kernels=kernels), types, kind, store)
 
     def prepare(self, name: str, weights: jax.Array) -> jax.Array:
         """Expert weights [..., in, out] as this configuration's programs want them; donated."""
@@ -119,7 +117,7 @@ class Executables:
     def key(self, program: Program) -> str:
         types = [str(t) for t in jax.tree.leaves(self.types)]
         kernels = native.identity() if self.engine.kernels == "native" else None
-        return programs.key(self.kind, self.model, self.engine, types, program, kernels, self.gated)
+        return programs.key(self.kind, self.model, self.engine, types, program, kernels)
 
     @property
     def kernels_number(self) -> int:
@@ -235,7 +233,7 @@ class Executables:
         e = self.engine
         return Run(
             self.model,
-            Dispatch(ranks, self.gated),
+            Dispatch(ranks),
             jnp.dtype(e.dtype),
             e.row_tile,
             e.expert_tile,
@@ -264,7 +262,7 @@ class Executables:
             proofs = jnp.where(jnp.arange(mesh.size) == lax.axis_index(AXIS), wish[3], 0)
             kernels = jnp.array([self.kernels_number, -self.kernels_number], wish.dtype)
             mine, _ = lax.optimization_barrier((jnp.concatenate([wish[:3] * sign, kernels, proofs]), after))
-            all_of_us = lax.pmax(run.dispatch.pass_gate(mine), AXIS)
+            all_of_us = lax.pmax(mine, AXIS)
             agreed = all_of_us[:3] * sign
             agreed = agreed.at[0].set(jnp.where(all_of_us[3] == -all_of_us[4], agreed[0], -1))
             return jnp.append(agreed, all_of_us[5:].min())

@@ -14,7 +14,6 @@ import numpy as np
 from jax import lax
 
 from moe_jax.config import ModelConfig
-from moe_jax.gate import gate
 from moe_jax.kernels.expert_ffn import expert_ffn
 
 AXIS = "expert"
@@ -78,14 +77,9 @@ def _from_words(words: jax.Array, like: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """All-gather and reduce-scatter over the mesh axis. `ranks` is the size of the axis; gated: see `gate`."""
+    """All-gather and reduce-scatter over the mesh axis. `ranks` is the size of the axis."""
 
     ranks: int
-    gated: bool = False
-
-    def pass_gate(self, x: jax.Array) -> jax.Array:
-        """x, behind the gate that is before each collective."""
-        return gate(x) if self.gated else x
 
     def gather(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         """Each [T, ...] of this rank -> [ranks * T, ...]. By one collective: besides its launch each costs time when a
@@ -94,14 +88,14 @@ class Dispatch:
             return arrays
         word = jnp.dtype(f"uint{8 * min(a.dtype.itemsize for a in arrays)}")
         words = [lax.bitcast_convert_type(a, word).reshape(len(a), -1) for a in arrays]
-        gathered = lax.all_gather(self.pass_gate(jnp.concatenate(words, axis=1)), AXIS, tiled=True)
+        gathered = lax.all_gather(jnp.concatenate(words, axis=1), AXIS, tiled=True)
         ends = np.cumsum([w.shape[1] for w in words])[:-1].tolist()
         parts = jnp.split(gathered, ends, axis=1)
         return tuple(_from_words(part, a) for part, a in zip(parts, arrays, strict=True))
 
     def reduce(self, y: jax.Array) -> jax.Array:
         """The sum over ranks of [ranks * T, ...], this rank's [T, ...]."""
-        return lax.psum_scatter(self.pass_gate(y), AXIS, tiled=True) if self.ranks > 1 else y
+        return lax.psum_scatter(y, AXIS, tiled=True) if self.ranks > 1 else y
 
 
 def choose_slots(ids: jax.Array, table: jax.Array, spread: bool) -> jax.Array:

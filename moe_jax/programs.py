@@ -29,8 +29,8 @@ from moe_jax.distributed import program_flags
 
 # The modules of this package whose source decides what is compiled.
 _SOURCES = (
-    *("attention", "batch_input", "config", "dummy_checkpoint", "executables", "gate", "hopper"),
-    *("kernels/expert_ffn", "kernels/native", "mesh", "model", "moe", "params", "reduce", "sampling", "small", "tiles"),
+    *("attention", "batch_input", "config", "dummy_checkpoint", "executables", "hopper", "kernels/expert_ffn"),
+    *("kernels/native", "mesh", "model", "moe", "params", "reduce", "sampling", "small", "tiles"),
     *(f"kernels/{name}" for name in ("decode", "grouped_gemm", "hopper_ffn", "paged_attention", "routing", "sampling")),
     "kernels/tuning",
 )

@@ -31,7 +31,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import gate
 from moe_jax.config import Bucket
 from moe_jax.distributed import (
     Meetings,
@@ -57,8 +56,8 @@ HEARTBEAT = 1.0  # seconds: while steps go on, something is said at least this o
 SCORE_BYTES = 16 << 20  # of log-probabilities in one message
 _CUT_EVERY = 0.01  # seconds; sockets may still be opening while they are shut
 _CUT_FOR = 2.0  # seconds; leaving takes some hundredths
-_RINGS = (*[0.002] * 12, *[0.01] * 6)  # seconds between the first; NCCL's threads have room for some dozens of callers
-_RING_SELDOM = 0.05  # seconds, then
+_RING_OFTEN = 10  # times; then more seldom, for NCCL's threads have room for some dozens of callers
+_RING_SELDOM = 0.04  # seconds
 _END_CONNECTING = 3  # cuts after which a communicator that is being made is to be ended, too
 _SHIELD_EVERY = 0.005  # seconds, while sockets may be opening
 _BARRIER = 60.0  # seconds; the coordinator gives up on this rank before that
@@ -88,7 +87,6 @@ class EngineLoop:
         self._survivors: set[int] = set()  # nodes that are left of them
         self._inside = 0  # the epoch in whose collectives the main thread is
         self._handed = 0  # what the engine had handed over when the main thread went inside
-        self._agreed: ExpertMesh | None = None  # whose ranks alone are inside, as they agreed to
         self._gate = threading.Lock()  # held to change `_inside`, and to cut what is inside
         self._cut = 0.0  # when a cut was first asked for
         self._doomed: set[str] = set()  # sockets of the communicators that are aborted; on GPUs
@@ -180,9 +178,6 @@ class EngineLoop:
             with self._gate:
                 self._aborted = max(self._aborted, message.body["epoch"])
                 self._survivors = set(message.body["survivors"])
-                over = 0 < self._inside <= self._aborted and not self._lives_on(self._agreed)
-                if over and self.engine.programs.gated:
-                    gate.close(True)
             spared = self._spared(self._survivors)
             threading.Thread(target=self._cut_until_outside, args=(spared,), name="cut", daemon=True).start()
             if self.engine.programs.connects_ahead:
@@ -218,9 +213,10 @@ class EngineLoop:
         self._send({"type": "halted", "epoch": epoch})
         with suppress(jax.errors.JaxRuntimeError):
             self.engine.drain()
-        until, pauses = time.monotonic() + _CUT_FOR, iter(_RINGS)
+        until, rung = time.monotonic() + _CUT_FOR, 0
         while self._doomed is doomed and time.monotonic() < until and ring(doomed):
-            time.sleep(next(pauses, _RING_SELDOM))
+            rung += 1
+            time.sleep(_CUT_EVERY if rung < _RING_OFTEN else _RING_SELDOM)
 
     def _end_connecting(self, mesh: ExpertMesh) -> None:
         while self._connecting is mesh and not end_connecting(self._client, mesh.devices):
@@ -249,20 +245,14 @@ class EngineLoop:
         """Around what waits for other ranks. Not begun when the epoch is over; unless all ranks of a mesh have agreed
         to it, and all of them live on."""
         with self._gate:
-            if epoch <= self._aborted and not self._lives_on(agreed):
+            if epoch <= self._aborted and not (agreed and self._survivors.issuperset(_nodes(agreed))):
                 raise Aborted(f"epoch {epoch} is over")
-            self._inside, self._handed, self._agreed = epoch, self.engine.handed_over, agreed
-            if self.engine.programs.gated:
-                gate.close(False)
+            self._inside, self._handed = epoch, self.engine.handed_over
         try:
             yield
         finally:
             with self._gate:
                 self._inside = 0
-
-    def _lives_on(self, agreed: ExpertMesh | None) -> bool:
-        """Whether all ranks of a mesh outlive the epoch: then each of them has to do what they agreed to."""
-        return agreed is not None and self._survivors.issuperset(_nodes(agreed))
 
     def enter(self) -> None:
         """Enter the epoch that was announced. Its first step is the agreement that all ranks are in it."""
@@ -424,7 +414,7 @@ class EngineLoop:
         engine = self.engine
 
         def take() -> None:
-            if engine.level != self._level or engine.programs.gated:  # handing over may take long
+            if engine.level != self._level:  # another program: it may have to be loaded, or its code on a GPU
                 self._level = engine.level
                 self._tell()
             engine.begin(ahead=True)

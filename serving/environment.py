@@ -88,7 +88,6 @@ def engine_environment(
                 "NCCL_IB_DISABLE": "1",
                 "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             }
-            env.setdefault("MOE_JAX_COLLECTIVES_AHEAD", "1")  # each takes milliseconds: what is in the queue counts
     env["XLA_FLAGS"] = " ".join(flags)
     return with_packages(env)
 

@@ -1,37 +1,112 @@
 """Kernels for the CPU in C++, called through XLA's foreign function interface.
 
-Compiled for the machine's processor, see `cpp`; without a compiler callers go on with plain XLA. Every output is
-computed in an order that its shape alone decides, on any number of threads, so the kernels keep what deterministic mode
-promises.
+They are compiled when first used, by the C++ compiler of the machine, for its processor, and kept in the user's cache
+directory. Without a compiler `available` says so once and callers go on with plain XLA. Every output is computed in an
+order that its shape alone decides, on any number of threads, so the kernels keep what deterministic mode promises.
 """
 
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 
-from moe_jax.cpp import Library
-
-_TARGETS = ("dense", "expert_ffn", "attend", "split_heads", "route", "log_sum_exp", "write_rows")
 _SOURCES = Path(__file__).parent / "native"
-_LIBRARY = Library(
-    (_SOURCES / "kernels.cc", *sorted(_SOURCES.glob("*.h"))),
-    ("-O3", "-march=native", "-pthread"),
-    tuple((name, name, "cpu") for name in _TARGETS),
-    without="slower without the native CPU kernels",
-)
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-DNDEBUG")
+_TARGETS = ("dense", "expert_ffn", "attend", "split_heads", "route", "log_sum_exp", "write_rows")
 
 
+# Building
+
+
+def _compiler() -> list[str] | None:
+    """The command of the C++ compiler, $CXX or c++; None if there is none."""
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    return command if command and shutil.which(command[0]) else None
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return f"{platform.machine()} {found[0]}"
+    return f"{platform.machine()} {platform.processor()}"
+
+
+@functools.cache
 def identity() -> str:
-    """As Library.identity."""
-    return _LIBRARY.identity()
+    """Digest of all that the kernels' results may depend on: their source, the compiler, the processor, XLA's headers.
+
+    Raises OSError or subprocess.SubprocessError when there is no working compiler.
+    """
+    command = _compiler()
+    if command is None:
+        name = os.environ.get("CXX") or "c++"
+        raise FileNotFoundError(f"no C++ compiler: {name} is not there; install one, or set CXX")
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
+    digest = hashlib.sha256()
+    for file in sorted(_SOURCES.iterdir()):
+        if file.suffix in (".cc", ".h"):
+            digest.update(file.read_bytes())
+    digest.update(repr((command, version, _FLAGS, _processor(), jaxlib.version.__version__)).encode())
+    return digest.hexdigest()[:24]
+
+
+def _build() -> Path:
+    """The library's path; compiled by one process at a time if it is not there."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-jax" / "native"
+    path = home / f"{identity()}.so"
+    if path.exists():
+        return path
+    command = _compiler()
+    assert command is not None
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=home) as directory:
+                new = Path(directory) / path.name
+                include = ("-isystem", jax.ffi.include_dir(), str(_SOURCES / "kernels.cc"), "-o", str(new))
+                subprocess.run([*command, *_FLAGS, *include], capture_output=True, text=True, check=True, timeout=300)
+                os.replace(new, path)
+    return path
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The kernels, registered with XLA; None, after a warning, where they cannot be had."""
+    try:
+        library = ctypes.CDLL(str(_build()))
+    except (OSError, subprocess.SubprocessError) as e:
+        said = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
+        warnings.warn(f"slower without the native CPU kernels: {said[0] if said else e!r}", stacklevel=2)
+        return None
+    for name in _TARGETS:
+        function = getattr(library, f"moe_jax_{name}")
+        jax.ffi.register_ffi_target(f"moe_jax_{name}", jax.ffi.pycapsule(function), platform="cpu")
+    return library
 
 
 def available() -> bool:
     """Whether the kernels are here, compiled if need be; they may be called afterwards."""
-    return _LIBRARY.load() is not None
+    return _library() is not None
 
 
 # Operations

@@ -182,10 +182,7 @@ def test_the_simulation_finds_a_wrong_rule():
 
 def test_halted_when_the_step_is_handed_over():
     """An engine that has heard of an abort says when nothing is on its way to its device; it begins nothing more."""
-    said, engine = (
-        queue.Queue(),
-        SimpleNamespace(handed_over=0, drain=lambda: None, programs=SimpleNamespace(gated=False)),
-    )
+    said, engine = queue.Queue(), SimpleNamespace(handed_over=0, drain=lambda: None)
     loop: Any = EngineLoop(engine, None, "", 0, said.put)  # type: ignore[arg-type]
     with loop._collective(7):
         halting = threading.Thread(target=loop._halt, args=(7, set()))

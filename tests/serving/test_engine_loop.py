@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 
-from moe_jax import gate
 from moe_jax.request import TokenEvent
 from serving import engine_loop
 from serving.channel import Message
@@ -27,7 +26,7 @@ class Steps:
         self.fails = self.fails_to_rehearse = False
         self.answer = True
         self.mesh: Any = SimpleNamespace(devices=())
-        self.programs = SimpleNamespace(connects_ahead=False, gated=False)
+        self.programs = SimpleNamespace(connects_ahead=False)
 
     @property
     def parked(self) -> bool:
@@ -133,31 +132,6 @@ def test_before_anything_else(between: str):
     else:
         loop.handle(Message({"type": "status"}, b""))
         assert engine.log == ["begin", "tokens of step 1", "status"]
-
-
-def test_gates_are_closed_to_the_step_that_an_abort_meets(monkeypatch: pytest.MonkeyPatch):
-    loop, engine = made(3)
-    engine.programs.gated = True
-    monkeypatch.setattr(gate, "close", lambda closed: engine.log.append("closed" if closed else "open"))
-    monkeypatch.setattr(loop, "_cut_until_outside", lambda spared: None)
-    abort, begin = Message({"type": "abort", "epoch": 1, "survivors": [0, 1]}, b""), engine.begin
-
-    def meet(ahead: bool) -> None:
-        begin(ahead)
-        loop.urgent(abort)
-        raise jax.errors.JaxRuntimeError("a gate was closed")
-
-    engine.begin = meet
-    loop.advance()
-    assert engine.log == ["open", "begin", "closed"] and engine.mesh is None
-    loop.urgent(abort)  # nobody is inside: the next epoch's first program finds them open
-    assert engine.log == ["open", "begin", "closed"]
-    mesh: Any = TWO
-    with loop._collective(2, mesh):  # whose ranks live on, until a further one is lost
-        loop.urgent(Message({"type": "abort", "epoch": 2, "survivors": [0, 1]}, b""))
-        assert engine.log.pop() == "open"
-        loop.urgent(Message({"type": "abort", "epoch": 2, "survivors": [0]}, b""))
-        assert engine.log.pop() == "closed"
 
 
 def at_leisure(answer: bool = True) -> tuple[EngineLoop, Steps]:
