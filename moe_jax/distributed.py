@@ -326,6 +326,7 @@ def cut_collectives(service_address: str, attempt: int = 0, spared: Collection[s
 
 
 def _hold(s: socket.socket) -> None:
+    """Until `_release` it is not closed, whoever closes it."""
     name = os.readlink(f"/proc/self/fd/{s.fileno()}")
     if name not in _held:
         _held[name] = time.monotonic(), s.dup()

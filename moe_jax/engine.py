@@ -151,9 +151,8 @@ class Engine:
         In another mesh it is one for so many prompt tokens of some rank, `prefill`, which all have been told; 0: the
         smallest. Returns the seconds that experts took.
         """
-        level = (
-            self.level if self.mesh is not None and self.mesh.devices == mesh.devices else self._first_level(prefill)
-        )
+        stays = self.mesh is not None and self.mesh.devices == mesh.devices
+        level = self.level if stays else self._first_level(prefill)
         self.leave()
         begun = time.monotonic()
         self.hold(slots[:, list(mesh.local)], fetched or {})
@@ -169,6 +168,7 @@ class Engine:
         return seconds
 
     def _first_level(self, prefill: int) -> int:
+        """0 where none is known to be needed: the smallest step is taken then, and it parks if nobody has work."""
         rows = self.config.max_batch + prefill
         return self.buckets.index(self.config.bucket_for(rows, True)) + 1 if prefill else 0
 
