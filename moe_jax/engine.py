@@ -168,7 +168,7 @@ class Engine:
         return seconds
 
     def _first_level(self, prefill: int) -> int:
-        """0 where none is known to be needed: the smallest step is taken then, and it parks if nobody has work."""
+        """0, the smallest step, where no prompt is known of."""
         rows = self.config.max_batch + prefill
         return self.buckets.index(self.config.bucket_for(rows, True)) + 1 if prefill else 0
 
