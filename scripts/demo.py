@@ -37,8 +37,8 @@ PHASES = {
     "agree": "the survivors become a numbered epoch, are told, and meet",
     "load": "experts are loaded that nobody holds any more",
     "rebuild": "the same arrays become parts of a smaller mesh",
-    "first_step": "with programs that were compiled before",
-    "resume": "until the first token, for lost requests after a prefill elsewhere",
+    "first_step": "with programs that were compiled before; lost requests are prefilled again in it",
+    "resume": "until the next token after that",
 }
 PREPARE = 120.0  # seconds that may be compiled for meshes of fewer hosts
 RETURN = 120.0  # seconds that a killed host may take to come back
