@@ -318,6 +318,7 @@ def cut_collectives(service_address: str, attempt: int = 0, spared: Collection[s
         for s in _peers(service_address):
             with contextlib.suppress(OSError):
                 _hold(s)
+            with contextlib.suppress(OSError):
                 s.shutdown(socket.SHUT_RD if attempt < _GENTLE else socket.SHUT_RDWR)
     elif attempt >= _HANG_UP:
         for s in _peers(service_address, spared, listening=True):

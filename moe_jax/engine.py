@@ -152,7 +152,7 @@ class Engine:
         smallest. Returns the seconds that experts took.
         """
         stays = self.mesh is not None and self.mesh.devices == mesh.devices
-        level = self.level if stays else self._first_level(prefill)
+        level = self.level if stays else self._level_for(prefill and self.config.max_batch + prefill, True)
         self.leave()
         begun = time.monotonic()
         self.hold(slots[:, list(mesh.local)], fetched or {})
@@ -166,11 +166,6 @@ class Engine:
         self.mesh, self.epoch, self.level, self.epoch_agreed, self._tries = mesh, epoch, level, -1, 0
         self.epoch_heard = max(self.epoch_heard, epoch)
         return seconds
-
-    def _first_level(self, prefill: int) -> int:
-        """0, the smallest step, where no prompt is known of."""
-        rows = self.config.max_batch + prefill
-        return self.buckets.index(self.config.bucket_for(rows, True)) + 1 if prefill else 0
 
     def _fix(self, mesh: ExpertMesh, slots: np.ndarray) -> list[jax.Array]:
         return self._fix_table(mesh, routing(slots, self.model.num_experts, self.config.max_replicas))
@@ -503,9 +498,10 @@ class Engine:
     def _level(self, rank: Rank) -> int:
         """The level this rank wishes for the step after the one in flight, or for the next if there is none."""
         rows, prefill = rank.scheduler.wish()
-        if rows:
-            return self.buckets.index(self.config.bucket_for(rows, prefill)) + 1
-        return len(self.buckets) if rank.scores else 0
+        return self._level_for(rows, prefill) or (len(self.buckets) if rank.scores else 0)
+
+    def _level_for(self, rows: int, prefill: bool) -> int:
+        return self.buckets.index(self.config.bucket_for(rows, prefill)) + 1 if rows else 0
 
     def _plan(self, rank: Rank, bucket: Bucket) -> StepPlan:
         return self._plan_score(rank) if bucket.score else rank.scheduler.schedule(bucket.rows, bucket.prefill)

@@ -6,7 +6,7 @@ Phases, in milliseconds (seconds of time.monotonic go in):
     fence_ms    until the JAX service has shut the last lost rank out
     agree_ms    until the epoch was announced, and what the engines' own first agreement took
     fail_ms, load_ms, compile_ms, rebuild_ms, first_step_ms   in the engines, of the slowest rank; fail: until XLA gave
-                up; the first step makes the communicator if none was built ahead
+                up; the first step makes the communicator if none was built ahead, and prefills what lost its rank
     resume_ms   from the last acknowledgement to the first token
     pause_ms    the longest gap between two tokens of any stream, across all of it; None if there was no stream
 """
